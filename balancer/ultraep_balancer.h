@@ -1,0 +1,135 @@
+/* UltraEP balancer: from a load matrix to a plan. Pure C: no allocation, no I/O, no clock, no global state.
+ *
+ * Words: an assignment is one (token, k) pair; loads, quotas and rank loads count assignments. Expert e's
+ * master lives on rank e / (E/R) and never moves. A rank has S slots, each with room for one replica of an
+ * expert. An instance is a master or a replica. A domain is D consecutive ranks; replicas stay in their
+ * master's domain.
+ *
+ * Thread rules: every function may be called from any thread; one workspace serves one call at a time.
+ */
+#ifndef ULTRAEP_BALANCER_H_
+#define ULTRAEP_BALANCER_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define ULTRAEP_API __attribute__((visibility("default")))
+#else
+#define ULTRAEP_API
+#endif
+
+/* Result codes; 0..8 have the numeric values of ncclResult_t (nccl.h of NCCL 2.30). */
+typedef enum {
+  ultraepSuccess = 0,
+  ultraepUnhandledCudaError = 1, /* a CUDA call failed */
+  ultraepSystemError = 2,        /* memory, threads or another call to the system failed */
+  ultraepInternalError = 3,      /* a defect of this library */
+  ultraepInvalidArgument = 4,    /* one argument is out of its documented range */
+  ultraepInvalidUsage = 5, /* arguments that are each fine but do not go together, or a call out of order */
+  ultraepRemoteError = 6,  /* another rank aborted, left or failed */
+  ultraepInProgress = 7,   /* enqueued, not finished */
+  ultraepTimeout = 8,      /* a rank did not come within timeoutMs */
+  ultraepCapacityExceeded = 64 /* the plan needs more rows on some rank than the group has room for */
+} ultraepResult_t;
+
+#define ULTRAEP_MAX_RANKS 1024
+#define ULTRAEP_MAX_EXPERTS 4096
+#define ULTRAEP_MAX_SLOTS 64
+#define ULTRAEP_MAX_TOPK 32
+#define ULTRAEP_MAX_TOLERANCE_PPM 1000000000u       /* a thousand times the mean */
+#define ULTRAEP_MAX_ROW_PS 4194303u                 /* 4.19 us a row */
+#define ULTRAEP_MAX_COPY_PS UINT64_C(1000000000000) /* one second a copy */
+
+/* What the planner needs to know of the group. Integers only, so that host and device agree to the bit. */
+typedef struct {
+  int32_t nRanks;        /* R, 1..1024 */
+  int32_t nExperts;      /* E, a multiple of R, R..4096 */
+  int32_t nSlots;        /* S, 0..64 replicas a rank can hold */
+  int32_t nDomainRanks;  /* D, a divisor of R; 0 means R */
+  uint32_t tolerancePpm; /* stop at ceil(mean * (1 + tolerancePpm / 1e6)) */
+  /* Cost gate: the plan minimises rowPs * (maximum rank load) + copyPs * (expert copies over the busiest
+   * link). copyPs = 0 switches the gate off. */
+  uint32_t rowPs;      /* picoseconds one assignment costs the rank that gets it, 0..ULTRAEP_MAX_ROW_PS */
+  uint64_t copyPs;     /* picoseconds to copy one expert's weights over one link, 0..ULTRAEP_MAX_COPY_PS */
+  int32_t relayCopies; /* 0: a master sends every replica itself; 1: replicas relay, a rank sends each expert
+                          once */
+} ultraepPlannerConfig_t;
+
+typedef struct {
+  int32_t expert;
+  int32_t rank;
+  int32_t slot;     /* -1 for a master, else 0..S-1 on its rank */
+  int32_t reserved; /* 0 */
+  int64_t quota;    /* assignments of the expert that this instance takes; 0 is possible for a master */
+} ultraepInstance_t;
+
+/* One step of the decomposition: `count` assignments of source rank `src` go to instance `instance`. */
+typedef struct {
+  int32_t src;
+  int32_t instance; /* index into instances[] */
+  int32_t count;    /* > 0 */
+} ultraepPiece_t;
+
+/* A plan. All pointers lie in the workspace given to ultraepPlannerRun and live until it is used again or
+ * freed.
+ *
+ * instances[0..E-1] are the masters, instances[e] expert e's; replicas follow, sorted by (rank, slot), and on
+ * one rank slots are filled from 0 in order of expert. For expert e, replicaIndex[replicaFirst[e] ..
+ * replicaFirst[e+1]) are the indices of its replicas, ascending. pieces[pieceFirst[e] .. pieceFirst[e+1])
+ * decompose the quotas of a replicated expert by source: sorted by source; within one source the instance on
+ * the source's own rank first, then the master, then replicas ascending. The source's assignments of e, in
+ * order of (token, k), go to its pieces in that order. An expert without replicas has no pieces: all sources
+ * send everything to its master. */
+typedef struct {
+  int32_t nRanks, nExperts, nSlots;
+  int32_t nInstances; /* E + nReplicas */
+  int32_t nReplicas;
+  int32_t maxRankIn;                  /* most replicas received by one rank */
+  int32_t maxFanout;                  /* most replicas made of one expert */
+  int32_t maxRankOut;                 /* most replicas whose masters are on one rank */
+  const ultraepInstance_t *instances; /* [nInstances] */
+  const int32_t *replicaFirst;        /* [E+1] */
+  const int32_t *replicaIndex;        /* [nReplicas] */
+  const int32_t *slotInstance;        /* [R*S] instance in each slot, -1 where empty */
+  const int32_t *pieceFirst;          /* [E+1] */
+  const ultraepPiece_t *pieces;       /* [pieceFirst[E]] */
+  const int64_t *expertLoad;          /* [E] sum over sources */
+  const int64_t *rankLoadBefore;      /* [R] with masters only */
+  const int64_t *rankLoad;            /* [R] with this plan */
+  int64_t total;                      /* all assignments */
+  int64_t maxBefore;                  /* max of rankLoadBefore */
+  int64_t maxPlanned;                 /* max of rankLoad */
+  int64_t target;           /* the load that the plan was asked to reach (tolerance and cost gate) */
+  int64_t bound;            /* no plan for this matrix has a smaller maximum */
+  int64_t localAssignments; /* assignments whose instance is on their source's rank */
+} ultraepPlan_t;
+
+/* Bytes of workspace that ultraepPlannerRun needs for this config (any loads). The workspace must be aligned
+ * to 16. Errors: ultraepInvalidArgument (null pointer, field out of range). *bytes is set only on success. */
+ULTRAEP_API ultraepResult_t ultraepPlannerWorkspaceSize(const ultraepPlannerConfig_t *config, size_t *bytes);
+
+/* Plans. loads is C[src][e], row-major [R][E]: the assignments that source rank src has for expert e, each >=
+ * 0, a row's sum at most 2^31-1. Same input, same plan, on every machine. *plan is set only on success.
+ * Errors: ultraepInvalidArgument (null pointer, field or load out of range, workspace too small or
+ * misaligned). */
+ULTRAEP_API ultraepResult_t ultraepPlannerRun(const ultraepPlannerConfig_t *config, const int32_t *loads,
+                                              void *workspace, size_t workspaceBytes, ultraepPlan_t *plan);
+
+/* Sets load[r] to the assignments that rank r really gets: from the pieces for replicated experts, from the
+ * loads for the others. Equals plan->rankLoad; a check for tools and tests. load holds R values. */
+ULTRAEP_API ultraepResult_t ultraepPlanRealised(const ultraepPlan_t *plan, const int32_t *loads,
+                                                int64_t *load);
+
+/* A one-line reason for the last ultraepInvalidArgument of a config: which field, and its range. Never null.
+ */
+ULTRAEP_API const char *ultraepPlannerConfigError(const ultraepPlannerConfig_t *config);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,42 @@
+/* Checks of what callers pass in structs, and what follows from a config. Pure functions: no group, no
+ * memory, no clock; any bytes in the structs give an error code and a message, never a crash. */
+#ifndef ULTRAEP_CONFIG_H_
+#define ULTRAEP_CONFIG_H_
+
+#include "ultraep.h"
+
+#include <stdbool.h>
+
+#define CONFIG_MIN_ROW_BYTES 16
+#define CONFIG_MAX_ROW_BYTES (1 << 20)
+#define CONFIG_MAX_TOKENS (1 << 24)
+#define CONFIG_MAX_ROUTES 4096
+#define CONFIG_MAX_ALIGNMENT 4096
+#define CONFIG_MAX_EXPERT_BYTES (INT64_C(1) << 40)
+#define CONFIG_MAX_RECV_ROWS INT32_MAX /* so that a row's number fits 32 bits on every backend */
+
+/* Every rule on a config that needs no other rank. */
+ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks);
+/* The first field in which two configs differ, or null. */
+const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b);
+/* For a checked config: what the planner is asked. nDomainRanks is what the backend found or the config says.
+ */
+ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks, int nDomainRanks);
+/* For a checked config: the rows a rank may receive, padding included. */
+int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks);
+
+/* Bytes of an element; 0 for a type that does not exist. */
+size_t config_type_bytes(int32_t dataType);
+const char *config_type_name(int32_t dataType);
+/* True for the types that a combine can add. */
+bool config_type_adds(int32_t dataType);
+/* Sets *rowBytes for rows of config.hidden elements of the type (never ULTRAEP_DATATYPE_DEFAULT here). */
+ultraepResult_t config_row_bytes(const ultraepConfig_t *config, int32_t dataType, size_t *rowBytes);
+
+/* Every rule on tensors that needs neither the symmetric memory nor another rank. nTokens is the route's. */
+ultraepResult_t config_check_tensors(const ultraepConfig_t *config, const ultraepTensors_t *tensors,
+                                     ultraepDirection_t direction, int64_t nTokens, int64_t maxRecvRows);
+/* Every rule on expert tensors that needs neither the symmetric memory nor another rank. */
+ultraepResult_t config_check_experts(const ultraepExperts_t *experts);
+
+#endif

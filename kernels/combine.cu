@@ -1,0 +1,202 @@
+// Combine: expert-major rows -> tokens. A warp takes one token: each lane holds 16-byte columns of all its rows, sums
+// them in fp32 in order of k, rounds once and writes once. Products and sums are separate roundings (no fused
+// multiply-add), so that the host backend gives the same bits.
+//
+// PARTIAL: first each rank sums, for every token with two or more rows here, those rows into a staging area of its
+// window; then a token's rank reads one row per rank.
+#include "signal.cuh"
+#include "warp.cuh"
+
+#include <algorithm>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace ultraep {
+
+constexpr int kCombineThreads = 512;
+constexpr int kRowsAtOnce = 8;
+
+// Elements of 16 bytes as floats, and back with one rounding.
+struct AsBfloat16 {
+  static constexpr int kElements = 8;
+  static __device__ __forceinline__ float get(const uint4 &v, int i) {
+    uint32_t word = reinterpret_cast<const uint32_t *>(&v)[i / 2];
+    return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
+  }
+  static __device__ __forceinline__ uint4 put(const float *f) {
+    uint4 v;
+    for (int i = 0; i < 4; i++) {
+      __nv_bfloat162 pair = __floats2bfloat162_rn(f[2 * i], f[2 * i + 1]);
+      reinterpret_cast<uint32_t *>(&v)[i] = *reinterpret_cast<uint32_t *>(&pair);
+    }
+    return v;
+  }
+};
+struct AsFloat16 {
+  static constexpr int kElements = 8;
+  static __device__ __forceinline__ float get(const uint4 &v, int i) {
+    return __half2float(reinterpret_cast<const __half *>(&v)[i]);
+  }
+  static __device__ __forceinline__ uint4 put(const float *f) {
+    uint4 v;
+    for (int i = 0; i < 4; i++) {
+      __half2 pair = __floats2half2_rn(f[2 * i], f[2 * i + 1]);
+      reinterpret_cast<uint32_t *>(&v)[i] = *reinterpret_cast<uint32_t *>(&pair);
+    }
+    return v;
+  }
+};
+struct AsFloat32 {
+  static constexpr int kElements = 4;
+  static __device__ __forceinline__ float get(const uint4 &v, int i) { return reinterpret_cast<const float *>(&v)[i]; }
+  static __device__ __forceinline__ uint4 put(const float *f) {
+    return {__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]), __float_as_uint(f[3])};
+  }
+};
+
+__device__ __forceinline__ uint4 loadRow(const char *at) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at)
+               : "memory");
+  return v;
+}
+
+// Writes round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and its weight; kWeighted: else plain
+// sums.
+template <typename As, bool kWeighted>
+__device__ __forceinline__ void sumRows(char *out, const char *row, float weight, int rowBytes, int lane) {
+  unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
+  for (int column = 0; column < rowBytes; column += kWarp * 16) {
+    int at = column + lane * 16;
+    bool inside = at < rowBytes;
+    float sum[As::kElements];
+    for (int i = 0; i < As::kElements; i++) sum[i] = 0.0f;
+    for (unsigned left = rows; left;) {
+      uint4 value[kRowsAtOnce];
+      float scale[kRowsAtOnce];
+      unsigned batch = left;
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; j++) {
+        if (!left) break;
+        int from = __ffs(left) - 1;
+        left &= left - 1;
+        auto *start = reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), from));
+        if (kWeighted) scale[j] = __shfl_sync(kFullWarp, weight, from);
+        value[j] = inside ? loadRow(start + at) : uint4{};
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; j++) {
+        if (!batch) break;
+        batch &= batch - 1;
+#pragma unroll
+        for (int i = 0; i < As::kElements; i++) {
+          float x = As::get(value[j], i);
+          sum[i] = __fadd_rn(sum[i], kWeighted ? __fmul_rn(scale[j], x) : x);
+        }
+      }
+    }
+    if (inside) *reinterpret_cast<uint4 *>(out + at) = As::put(sum);
+  }
+}
+
+// PARTIAL, at the experts' rank: one warp for each first row of a token with more rows here.
+template <typename As, bool kWeighted>
+__device__ void combinePartials(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExchange_t &x,
+                                int first, int stride) {
+  int lane = threadIdx.x % kWarp;
+  auto *meta = reinterpret_cast<const kernelMeta_t *>(g.windows[g.rank] + route.metaOffset);
+  const char *rows = x.peerRows[g.rank] + x.peerRowsOffset;
+  char *partials = g.windows[g.rank] + x.partialsOffset;
+  for (int segment = 0; segment < g.nSegments; segment++) {
+    int64_t from = route.firstRow[segment], end = from + route.rows[segment];
+    for (int64_t row = from + first; row < end; row += stride) {
+      if (!__ldcg(&meta[row].isFirst) || __ldcg(&meta[row].next) < 0) continue;
+      const char *mine = nullptr;
+      float weight = 1.0f;
+      int64_t at = row;
+      for (int n = 0; at >= 0 && n < kWarp; n++, at = __ldcg(&meta[at].next)) {
+        if (lane != n) continue;
+        mine = rows + at * x.rowBytes;
+        weight = __ldcg(&meta[at].weight);
+      }
+      sumRows<As, kWeighted>(partials + row * x.rowBytes, mine, weight, x.rowBytes, lane);
+    }
+  }
+}
+
+// This rank's tokens. Lane k looks at the k-th row; PARTIAL: at the partial sum that begins with it, if any.
+template <typename As, bool kWeighted>
+__device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExchange_t &x,
+                              const char *const *bases, int first, int stride) {
+  int lane = threadIdx.x % kWarp;
+  unsigned long long crossed = 0;
+  for (int token = first; token < x.nTokens; token += stride) {
+    int64_t at = int64_t(token) * g.topK + lane;
+    kernelPlace_t place = lane < g.topK ? route.places[at] : kernelPlace_t{-1, -1};
+    int rank = place.rank & KERNEL_PLACE_RANK_MASK;
+    bool read = place.rank >= 0 && !(x.once && (place.rank & KERNEL_PLACE_LATER));
+    bool partial = read && x.once && (place.rank & KERNEL_PLACE_SHARED);
+    const char *row = nullptr;
+    if (read) row = partial ? g.windows[rank] + x.partialsOffset : bases[rank];
+    if (read) row += int64_t(place.row) * x.rowBytes;
+    float weight = kWeighted && read && !partial ? route.weights[at] : 1.0f;
+    if (read && rank != g.rank) crossed += x.rowBytes;
+    sumRows<As, kWeighted>(x.recvRows + int64_t(token) * x.rowBytes, row, weight, x.rowBytes, lane);
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) crossed += __shfl_xor_sync(kFullWarp, crossed, step);
+  if (lane == 0 && crossed) atomicAdd(&g.state->combineBytes, crossed);
+}
+
+template <typename As, bool kWeighted>
+__global__ void __launch_bounds__(kCombineThreads, 1)
+    combineKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
+                  const __grid_constant__ kernelExchange_t x) {
+  extern __shared__ __align__(16) char memory[];
+  if (route.status->code != kSuccess) return; // alike on every rank
+  auto *bases = reinterpret_cast<const char **>(memory);
+  uint32_t call = g.state->exchangeCalls + 1;
+  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) bases[r] = x.peerRows[r] + x.peerRowsOffset;
+  int warps = blockDim.x / kWarp, first = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp;
+  int stride = int(gridDim.x) * warps, differs;
+  bool alive = true;
+  if (x.once) {
+    combinePartials<As, kWeighted>(g, route, x, first, stride);
+    alive = gridBarrier(g, 0, KERNEL_PHASE_COMBINE);
+  }
+  if (alive && blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, x.check);
+  if (alive) alive = waitFlags(g, KERNEL_FLAG_READY, call, KERNEL_PHASE_COMBINE, x.check, &differs);
+  if (alive && differs >= 0) {
+    if (threadIdx.x == 0) failGroup(g, kInvalidUsage, KERNEL_PHASE_COMBINE, differs);
+    alive = false;
+  }
+  if (alive) combineTokens<As, kWeighted>(g, route, x, bases, first, stride);
+  if (lastBlockOut(g)) {
+    if (alive) {
+      raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
+      waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_COMBINE, x.check, &differs);
+    }
+    if (threadIdx.x == 0) resetState(g, &g.state->exchangeCalls, call);
+  }
+}
+
+template <typename As> static auto combineKernelOf(bool weighted) {
+  return weighted ? combineKernel<As, true> : combineKernel<As, false>;
+}
+
+} // namespace ultraep
+
+int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExchange_t *exchange,
+                        cudaStream_t stream) {
+  using namespace ultraep;
+  bool weighted = exchange->weighted;
+  auto kernel = exchange->dataType == 0   ? combineKernelOf<AsBfloat16>(weighted)
+                : exchange->dataType == 1 ? combineKernelOf<AsFloat16>(weighted)
+                                          : combineKernelOf<AsFloat32>(weighted);
+  int warps = kCombineThreads / kWarp, wanted = (exchange->nTokens + warps - 1) / warps;
+  int nBlocks = exchange->once ? group->nBlocks : std::max(1, std::min(group->nBlocks, wanted));
+  size_t bytes = group->planner.nRanks * sizeof(char *);
+  kernel<<<nBlocks, kCombineThreads, bytes, stream>>>(*group, *route, *exchange);
+  return cudaGetLastError();
+}

@@ -1,0 +1,33 @@
+// The planner alone, for tools and tests; a route plans inside its own kernel.
+#include "planner.cuh"
+
+namespace ultraep {
+
+__global__ void __launch_bounds__(512, 1)
+    planKernel(const kernelPlanner_t p, const int32_t *__restrict__ loads, kernelPlan_t plan) {
+  extern __shared__ __align__(16) char memory[];
+  __shared__ PlanShared shared;
+  PlanArrays a;
+  a.carve(memory, p.nRanks, p.nExperts, p.nSlots);
+  planBlock(p, a, shared, loads);
+  for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
+    plan.slotExpert[i] = a.slotExpert[i];
+    plan.slotQuota[i] = a.slotQuota[i];
+  }
+  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) plan.masterQuota[e] = a.rem[e];
+  if (threadIdx.x == 0) {
+    plan.summary[KERNEL_SUMMARY_MAX_PLANNED] = shared.all.most;
+    plan.summary[KERNEL_SUMMARY_REPLICAS] = shared.all.nReplicas;
+    plan.summary[KERNEL_SUMMARY_TARGET] = shared.all.target;
+  }
+}
+
+} // namespace ultraep
+
+int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan, cudaStream_t stream) {
+  size_t bytes = ultraep::PlanArrays::bytes(planner->nRanks, planner->nExperts, planner->nSlots);
+  cudaError_t error = cudaFuncSetAttribute(ultraep::planKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (error != cudaSuccess) return error;
+  ultraep::planKernel<<<1, 512, bytes, stream>>>(*planner, loads, plan);
+  return cudaGetLastError();
+}

@@ -1,0 +1,177 @@
+// How blocks and ranks meet: flags in windows, barriers of one kernel's blocks, bounded waits, failures.
+//
+// Calls are counted in device memory (kernelState_t), so a replayed CUDA graph waits for new flags, not old ones. A wait
+// ends with the flag, with the group's failure, or with the timeout; afterwards the kernel leaves by its normal path.
+#ifndef ULTRAEP_SIGNAL_CUH_
+#define ULTRAEP_SIGNAL_CUH_
+
+#include "kernels.h"
+
+#include <cuda_runtime.h>
+
+namespace ultraep {
+
+// Codes of ultraepResult_t that kernels set.
+enum Code : int32_t {
+  kSuccess = 0,
+  kInvalidArgument = 4,
+  kInvalidUsage = 5,
+  kRemoteError = 6,
+  kTimeout = 8,
+  kCapacityExceeded = 64
+};
+
+__device__ __forceinline__ uint64_t loadAcquireSystem(const uint64_t *at) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void storeReleaseSystem(uint64_t *at, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t loadAcquireDevice(const uint32_t *at) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ uint64_t nowNs() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// A flag word of rank `from` in rank `at`'s window.
+__device__ __forceinline__ uint64_t *flagOf(const kernelGroup_t &g, int at, int kind, int from) {
+  return reinterpret_cast<uint64_t *>(g.windows[at]) + kind * g.planner.nRanks + from;
+}
+__device__ __forceinline__ uint64_t *failMarkOf(const kernelGroup_t &g, int at) {
+  return flagOf(g, at, KERNEL_FLAG_KINDS, 0);
+}
+
+__device__ __forceinline__ bool hasFailed(const kernelGroup_t &g) {
+  return *reinterpret_cast<const volatile int32_t *>(&g.state->failed) != 0;
+}
+
+// The first failure stands: recorded for the host, told to every peer. By one thread.
+__device__ inline void failGroup(const kernelGroup_t &g, int32_t code, int32_t phase, int32_t rank) {
+  if (atomicCAS(&g.state->failed, 0, code) != 0) return;
+  volatile kernelFailure_t *failure = g.failure;
+  failure->phase = phase;
+  failure->rank = rank;
+  __threadfence_system();
+  failure->code = code;
+  __threadfence_system();
+  for (int r = 0; r < g.planner.nRanks; r++)
+    if (r != g.rank) storeReleaseSystem(failMarkOf(g, r), uint64_t(g.rank) + 1);
+}
+
+// One look at everything else that ends a wait. By one thread.
+__device__ inline bool waitIsOver(const kernelGroup_t &g, uint64_t start, int32_t phase, int32_t rank) {
+  if (hasFailed(g)) return true;
+  uint64_t mark = loadAcquireSystem(failMarkOf(g, g.rank));
+  if (mark != 0) {
+    failGroup(g, kRemoteError, phase, int32_t(mark) - 1);
+  } else if (loadAcquireSystem(flagOf(g, g.rank, KERNEL_FLAG_GONE, rank)) != 0) {
+    failGroup(g, kRemoteError, phase, rank);
+  } else if (*reinterpret_cast<const volatile int32_t *>(&g.failure->abort) != 0) {
+    failGroup(g, kRemoteError, phase, g.rank);
+  } else if (nowNs() - start > g.timeoutNs) {
+    failGroup(g, kTimeout, phase, rank);
+  }
+  return hasFailed(g);
+}
+
+constexpr int kPollsBetweenLooks = 1024;
+
+// Waits until `flag` has counted `call`; false when the group failed instead. The flag's high half goes to *word.
+__device__ inline bool waitFlag(const kernelGroup_t &g, const uint64_t *flag, uint32_t call, int32_t phase,
+                                int32_t rank, uint32_t *word) {
+  uint64_t start = nowNs();
+  for (int polls = 1;; polls++) {
+    uint64_t value = loadAcquireSystem(flag);
+    if (int32_t(uint32_t(value) - call) >= 0) {
+      *word = uint32_t(value >> 32);
+      return true;
+    }
+    if (polls % kPollsBetweenLooks == 0 && waitIsOver(g, start, phase, rank)) return false;
+  }
+}
+
+// All threads of all blocks have done what they do before, when any goes on. False when the group failed. Every thread
+// of the block calls it; `at` numbers the barriers of one kernel.
+__device__ inline bool gridBarrier(const kernelGroup_t &g, int at, int32_t phase) {
+  __shared__ bool passed;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(&g.state->arrived[at], 1u);
+    uint64_t start = nowNs();
+    passed = true;
+    for (int polls = 1; loadAcquireDevice(&g.state->arrived[at]) < gridDim.x; polls++) {
+      if (polls % kPollsBetweenLooks == 0 && waitIsOver(g, start, phase, g.rank)) {
+        passed = false;
+        break;
+      }
+    }
+  }
+  __syncthreads();
+  return passed;
+}
+
+// Counts blocks out. True on the last block, in every thread, with all other blocks' writes visible.
+__device__ inline bool lastBlockOut(const kernelGroup_t &g) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    last = atomicAdd(&g.state->left, 1u) == gridDim.x - 1;
+    __threadfence_system();
+  }
+  __syncthreads();
+  return last;
+}
+
+// What the last block of a kernel does at its end: the counters are ready for the next kernel.
+__device__ inline void resetState(const kernelGroup_t &g, uint32_t *calls, uint32_t call) {
+  for (int i = 0; i < 4; i++) g.state->arrived[i] = 0;
+  g.state->left = 0;
+  *calls = call;
+}
+
+// Raises a flag at every rank. Threads of one block; everything the block (or, after lastBlockOut, the grid) wrote
+// before is visible to who sees the flag.
+__device__ inline void raiseFlags(const kernelGroup_t &g, int kind, uint32_t call, uint32_t word) {
+  __syncthreads();
+  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) {
+    __threadfence_system();
+    storeReleaseSystem(flagOf(g, r, kind, g.rank), uint64_t(word) << 32 | call);
+  }
+}
+
+// Waits for every rank's flag, a thread for each rank; false in every thread when the group failed. Words that differ
+// from `expected` are told by *differs (the lowest rank, else -1).
+__device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call, int32_t phase, uint32_t expected,
+                                 int *differs) {
+  __shared__ int failures, different;
+  if (threadIdx.x == 0) {
+    failures = 0;
+    different = 0x7fffffff;
+  }
+  __syncthreads();
+  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) {
+    uint32_t word;
+    if (!waitFlag(g, flagOf(g, g.rank, kind, r), call, phase, r, &word))
+      atomicAdd(&failures, 1);
+    else if (word != expected)
+      atomicMin(&different, r);
+  }
+  __syncthreads();
+  *differs = different == 0x7fffffff ? -1 : different;
+  bool all = failures == 0;
+  __syncthreads();
+  return all;
+}
+
+} // namespace ultraep
+
+#endif

@@ -1,0 +1,265 @@
+#include "bench.h"
+
+#include <argp.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+  KEY_TOKENS = 0x100,
+  KEY_HIDDEN,
+  KEY_TOPK,
+  KEY_EXPERTS,
+  KEY_SLOTS,
+  KEY_SKEW,
+  KEY_TRACE,
+  KEY_ROUTING,
+  KEY_LAYER,
+  KEY_LIMIT,
+  KEY_SEED,
+  KEY_BALANCE,
+  KEY_ALIGN,
+  KEY_DOMAIN,
+  KEY_TOLERANCE,
+  KEY_MODE,
+  KEY_COMBINE,
+  KEY_TIMEOUT,
+  KEY_EXPERT_BYTES,
+  KEY_GATE_BYTES,
+};
+
+const char *const benchDispatchModes[3] = {"auto", "direct", "once"};
+const char *const benchCombineModes[2] = {"exact", "partial"};
+const char *const benchPhaseNames[BENCH_PHASES] = {"route", "weights", "dispatch", "combine", "memcpy"};
+static const char *const benchBackends[] = {"host", "cuda"};
+static const char *const benchBalances[] = {"0", "1", "both"};
+static const char *const benchTypes[] = {"bfloat16", "half", "float", "fp8"};
+
+static const char benchDoc[] =
+    "Times and checks UltraEP's dispatch and combine, unbalanced and balanced.\v"
+    "A line for each size or record and each balance setting. size and count: tokens of one rank, in bytes "
+    "and "
+    "elements. before and after: imbalance, the maximum over ranks of rows received divided by their mean, "
+    "with "
+    "masters only and as run. Times are microseconds, the median over iterations of the time from the first "
+    "rank's "
+    "start to the last rank's end; a rank's start follows a barrier.\n\n"
+    "algbw and busbw are alltoallv_perf's: algbw = B / time, B the bytes of the rank that sends or receives "
+    "most, rows "
+    "to itself included (the same B for dispatch and for combine, which goes the other way); busbw = algbw * "
+    "(R-1)/R. "
+    "As B is larger where ranks are uneven, compare times, not bandwidths, between balance 0 and 1.\n\n"
+    "#wrong counts rows (dispatch), tokens (combine) and replicas (weights) that are not byte for byte what "
+    "an "
+    "independent check expects, over all iterations, warm-up included. It knows the tokens and where they "
+    "were "
+    "routed, not the library's layout: every row of an expert's segment must be a token routed to it, in "
+    "order of "
+    "source rank and token, every assignment must arrive once, padding must stay untouched, and each "
+    "combined token "
+    "must equal the weighted fp32 sum in order of k.\n\n"
+    "The memcpy line copies as many bytes with as many threads in the same iterations; dispatch and combine "
+    "each move "
+    "that many.\n\n"
+    "--trace runs the records of a load trace: each source's counts become tokens whose loads are exactly "
+    "these. "
+    "--tokens (or -b -e) scales the counts first. --routing runs the tokens of a routing trace.\n\n"
+    "Exit status: 0; 1 where something is wrong or fails; 2 where the options are at fault.";
+
+static const struct argp_option benchOptionTable[] = {
+    {"backend", 'B', "host|cuda", 0, "Where ranks live: threads of this process, or GPUs (host)", 1},
+    {"nthreads", 't', "R", 0, "Ranks, each a thread (8)", 1},
+    {"minbytes", 'b', "BYTES", 0, "Least size: bytes of tokens a rank, K M G allowed (4M)", 1},
+    {"maxbytes", 'e', "BYTES", 0, "Largest size (as -b)", 1},
+    {"stepfactor", 'f', "N", 0, "Factor between sizes (2)", 1},
+    {"iters", 'n', "N", 0, "Timed iterations (20)", 1},
+    {"warmup_iters", 'w', "N", 0, "Iterations before them (1)", 1},
+    {"agg_iters", 'm', "N", 0, "Calls of each operation in one timed iteration (1)", 1},
+    {"check", 'c', "0|1", 0, "Check every iteration (1)", 1},
+    {"datatype", 'd', "TYPE", 0, "bfloat16, half, float, or fp8 with scales out and bfloat16 back (bfloat16)",
+     1},
+    {"output_file", 'J', "FILE", 0, "Write the results as JSON", 1},
+    {"tokens", KEY_TOKENS, "N", 0, "Tokens a rank, instead of -b -e", 2},
+    {"hidden", KEY_HIDDEN, "N", 0, "Elements of a token (4096)", 2},
+    {"topk", KEY_TOPK, "K", 0, "Experts of a token (8)", 2},
+    {"experts", KEY_EXPERTS, "E", 0, "Experts (64; with a trace, the trace's)", 2},
+    {"skew", KEY_SKEW, "RATIO", 0, "Made-up traffic with this imbalance, as ultraep_plan --zipf (4)", 2},
+    {"trace", KEY_TRACE, "FILE", 0, "Traffic of a load trace", 2},
+    {"routing", KEY_ROUTING, "FILE", 0, "Traffic of a routing trace", 2},
+    {"layer", KEY_LAYER, "N", 0, "Only records of this layer", 2},
+    {"limit", KEY_LIMIT, "N", 0, "Only the first N records", 2},
+    {"seed", KEY_SEED, "N", 0, "Seed of made-up traffic and of the order of a record's tokens (1)", 2},
+    {"slots", KEY_SLOTS, "S", 0, "Replica slots on each rank (2)", 3},
+    {"balance", KEY_BALANCE, "0|1|both", 0, "Masters only, with replicas, or one after the other (both)", 3},
+    {"align", KEY_ALIGN, "ROWS", 0, "Segments start at multiples of this (1)", 3},
+    {"domain", KEY_DOMAIN, "D", 0, "Replicas stay among D consecutive ranks (all)", 3},
+    {"tolerance", KEY_TOLERANCE, "X", 0, "Balance to mean * (1 + X) and no further (0)", 3},
+    {"mode", KEY_MODE, "auto|direct|once", 0,
+     "Dispatch: every row straight to its place, or once a rank (auto)", 3},
+    {"combine", KEY_COMBINE, "exact|partial", 0,
+     "Combine: from single rows, or from sums made at each rank (exact)", 3},
+    {"timeout", KEY_TIMEOUT, "MS", 0, "How long a rank waits for another (30000)", 3},
+    {"expert-bytes", KEY_EXPERT_BYTES, "BYTES", 0,
+     "Weights of an expert that go to its replicas, 0: none (64K)", 3},
+    {"gate-bytes", KEY_GATE_BYTES, "BYTES", 0,
+     "Weights of an expert as the cost gate sees it, 0: no gate (0)", 3},
+    {0}};
+
+static int bench_type_parse(const char *text, benchOptions_t *options, perfError_t *error) {
+  /* The order of benchTypes is that of ultraepDataType_t. */
+  return optionName("--datatype", text, benchTypes, 4, &options->dataType, error);
+}
+
+static int bench_common_option_apply(int key, const char *text, benchOptions_t *options, perfError_t *error) {
+  const int64_t most = INT64_C(1) << 40;
+  switch (key) {
+  case 'B':
+    return optionName("--backend", text, benchBackends, 2, &options->backend, error);
+  case 't':
+    return optionInt32("--nthreads", text, 1, ULTRAEP_MAX_RANKS, &options->nRanks, error);
+  case 'b':
+    options->sized = true;
+    return optionBytes("--minbytes", text, 0, most, &options->minBytes, error);
+  case 'e':
+    options->sized = true;
+    return optionBytes("--maxbytes", text, 0, most, &options->maxBytes, error);
+  case 'f':
+    return optionInt32("--stepfactor", text, 2, 1 << 20, &options->stepFactor, error);
+  case 'n':
+    return optionInt32("--iters", text, 1, 1 << 20, &options->iters, error);
+  case 'w':
+    return optionInt32("--warmup_iters", text, 0, 1 << 20, &options->warmupIters, error);
+  case 'm':
+    return optionInt32("--agg_iters", text, 1, 1 << 20, &options->aggIters, error);
+  case 'c':
+    return optionInt32("--check", text, 0, 1, &options->check, error);
+  case 'd':
+    return bench_type_parse(text, options, error);
+  case 'J':
+    options->jsonPath = text;
+    return 0;
+  default:
+    return 1;
+  }
+}
+
+static int bench_own_option_apply(int key, const char *text, benchOptions_t *options, perfError_t *error) {
+  switch (key) {
+  case KEY_TOKENS:
+    return optionInt32("--tokens", text, 0, WORKLOAD_MAX_TOKENS, &options->nTokens, error);
+  case KEY_HIDDEN:
+    return optionInt32("--hidden", text, 1, 1 << 20, &options->hidden, error);
+  case KEY_TOPK:
+    return optionInt32("--topk", text, 1, ULTRAEP_MAX_TOPK, &options->topK, error);
+  case KEY_EXPERTS:
+    return optionInt32("--experts", text, 1, ULTRAEP_MAX_EXPERTS, &options->nExperts, error);
+  case KEY_SKEW:
+    return optionDouble("--skew", text, 1, ULTRAEP_MAX_RANKS, &options->skew, error);
+  case KEY_TRACE:
+    options->tracePath = text;
+    return 0;
+  case KEY_ROUTING:
+    options->routingPath = text;
+    return 0;
+  case KEY_LAYER:
+    return optionInt("--layer", text, 0, INT64_MAX, &options->layer, error);
+  case KEY_LIMIT:
+    return optionInt("--limit", text, 1, INT64_MAX, &options->limit, error);
+  case KEY_SEED:
+    return optionInt("--seed", text, 0, INT64_MAX, &options->seed, error);
+  case KEY_SLOTS:
+    return optionInt32("--slots", text, 0, ULTRAEP_MAX_SLOTS, &options->nSlots, error);
+  case KEY_BALANCE:
+    return optionName("--balance", text, benchBalances, 3, &options->balance, error);
+  case KEY_ALIGN:
+    return optionInt32("--align", text, 1, 4096, &options->alignment, error);
+  case KEY_DOMAIN:
+    return optionInt32("--domain", text, 1, ULTRAEP_MAX_RANKS, &options->nDomainRanks, error);
+  case KEY_TOLERANCE:
+    return optionDouble("--tolerance", text, 0, 1000, &options->tolerance, error);
+  case KEY_MODE:
+    return optionName("--mode", text, benchDispatchModes, 3, &options->dispatchMode, error);
+  case KEY_COMBINE:
+    return optionName("--combine", text, benchCombineModes, 2, &options->combineMode, error);
+  case KEY_TIMEOUT:
+    return optionInt32("--timeout", text, 1, 3600000, &options->timeoutMs, error);
+  case KEY_EXPERT_BYTES:
+    return optionBytes("--expert-bytes", text, 0, INT64_C(1) << 32, &options->expertBytes, error);
+  case KEY_GATE_BYTES:
+    return optionBytes("--gate-bytes", text, 0, INT64_C(1) << 40, &options->gateBytes, error);
+  default:
+    return 1;
+  }
+}
+
+/* Sets what was left out and refuses what does not go together. */
+static int bench_options_finish(benchOptions_t *options, perfError_t *error) {
+  bool traced = options->tracePath != NULL, routed = options->routingPath != NULL;
+  if (traced + routed + (options->skew > 0) > 1) {
+    return perfErrorSet(error, "--skew, --trace and --routing exclude each other");
+  }
+  if (traced && options->nExperts != 0) return perfErrorSet(error, "--experts: a load trace has its own");
+  if (routed && options->topK != 0) return perfErrorSet(error, "--topk: a routing trace has its own");
+  if (!traced && (options->layer >= 0 || options->limit > 0)) {
+    return perfErrorSet(error, "--layer and --limit choose records of a load trace");
+  }
+  if (options->sized && options->nTokens >= 0)
+    return perfErrorSet(error, "--tokens and -b -e exclude each other");
+  if (options->minBytes < 0) options->minBytes = options->maxBytes < 0 ? 4 << 20 : options->maxBytes;
+  if (options->maxBytes < 0) options->maxBytes = options->minBytes;
+  if (options->maxBytes < options->minBytes) return perfErrorSet(error, "--maxbytes is less than --minbytes");
+  if (options->topK == 0) options->topK = 8;
+  if (!traced && !routed) {
+    if (options->nExperts == 0) options->nExperts = 64;
+    if (options->skew == 0) options->skew = 4;
+    if (options->nExperts % options->nRanks != 0) {
+      return perfErrorSet(error, "--experts: %d is no multiple of %d ranks", options->nExperts,
+                          options->nRanks);
+    }
+  }
+  if (options->nDomainRanks == 0) options->nDomainRanks = options->nRanks;
+  if (options->nRanks % options->nDomainRanks != 0) {
+    return perfErrorSet(error, "--domain: %d does not divide %d ranks", options->nDomainRanks,
+                        options->nRanks);
+  }
+  if (options->expertBytes % 16 != 0) return perfErrorSet(error, "--expert-bytes must be a multiple of 16");
+  if (options->hidden % 16 != 0) return perfErrorSet(error, "--hidden must be a multiple of 16");
+  return 0;
+}
+
+static error_t bench_option_parse(int key, char *text, struct argp_state *state) {
+  benchOptions_t *options = state->input;
+  perfError_t error;
+  if (key == ARGP_KEY_ARG) argp_error(state, "unexpected argument '%s'", text);
+  if (key == ARGP_KEY_END) {
+    if (bench_options_finish(options, &error) != 0) argp_error(state, "%s", error.text);
+    return 0;
+  }
+  int status = bench_common_option_apply(key, text, options, &error);
+  if (status > 0) status = bench_own_option_apply(key, text, options, &error);
+  if (status < 0) argp_error(state, "%s", error.text);
+  return status > 0 ? ARGP_ERR_UNKNOWN : 0;
+}
+
+void benchOptionsParse(benchOptions_t *options, int argc, char **argv) {
+  static const struct argp parser = {benchOptionTable, bench_option_parse, NULL, benchDoc, NULL, NULL, NULL};
+  *options = (benchOptions_t){.nRanks = 8,
+                              .minBytes = -1,
+                              .maxBytes = -1,
+                              .stepFactor = 2,
+                              .iters = 20,
+                              .warmupIters = 1,
+                              .aggIters = 1,
+                              .check = 1,
+                              .dataType = ULTRAEP_BFLOAT16,
+                              .nTokens = -1,
+                              .hidden = 4096,
+                              .layer = -1,
+                              .seed = 1,
+                              .nSlots = 2,
+                              .alignment = 1,
+                              .balance = BENCH_BALANCE_BOTH,
+                              .timeoutMs = 30000,
+                              .expertBytes = 64 << 10};
+  argp_err_exit_status = PERF_EXIT_USAGE;
+  if (argp_parse(&parser, argc, argv, 0, NULL, options) != 0) exit(PERF_EXIT_USAGE);
+}

@@ -1,0 +1,27 @@
+/* Shared by the tests that need a GPU: skip without one, and device buffers that check themselves. */
+#ifndef ULTRAEP_TESTS_GPU_COMMON_H_
+#define ULTRAEP_TESTS_GPU_COMMON_H_
+
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define GPU_SKIP_CODE 77 /* ctest's SKIP_RETURN_CODE */
+
+/* For main: leaves with "skipped" where no device can be used. */
+#define GPU_REQUIRE()                                                                                        \
+  do {                                                                                                       \
+    int gpuCount = 0;                                                                                        \
+    if (cudaGetDeviceCount(&gpuCount) != cudaSuccess || gpuCount == 0) {                                     \
+      printf("no CUDA device: skipped\n");                                                                   \
+      return GPU_SKIP_CODE;                                                                                  \
+    }                                                                                                        \
+  } while (0)
+
+#define GPU_OK(call)                                                                                         \
+  do {                                                                                                       \
+    cudaError_t gpuError = (call);                                                                           \
+    if (gpuError != cudaSuccess) fail_msg("%s: %s", #call, cudaGetErrorString(gpuError));                    \
+  } while (0)
+
+#endif

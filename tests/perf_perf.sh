@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# ultraep_perf from the outside: small runs of every kind with nothing wrong, output, and exit statuses.
+# usage: perf_perf.sh ULTRAEP_PERF PERF_CORRUPT
+set -euo pipefail
+perf=$1
+corrupt=$2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+
+fail() {
+  echo "perf_perf.sh: $*" >&2
+  exit 1
+}
+status() {
+  local wanted=$1 got=0
+  shift
+  "$@" > out 2> err || got=$?
+  [ "$got" = "$wanted" ] || fail "exit status $got instead of $wanted: $* ($(head -c 300 err) $(grep 'first fault' out))"
+}
+# runs LINES OPTIONS...: LINES result lines, each with #wrong 0.
+runs() {
+  local lines=$1
+  shift
+  status 0 "$perf" -n 2 -w 1 --hidden 256 "$@"
+  [ "$(grep -cv '^#' out)" = "$lines" ] || fail "$(grep -cv '^#' out) lines instead of $lines: $*"
+  [ "$(grep -v '^#' out | awk '$16 == 0' | wc -l)" = "$lines" ] || fail "#wrong is not 0: $*"
+  grep -q '^# Out of bounds values : 0 OK$' out || fail "the footer: $*"
+}
+small=(-t 4 --experts 16 --topk 3 --tokens 40 --skew 2)
+
+for type in bfloat16 half float fp8; do
+  for mode in direct once; do
+    runs 2 "${small[@]}" -d $type --mode $mode --align 8
+    runs 2 "${small[@]}" -d $type --mode $mode --combine partial
+  done
+done
+runs 2 "${small[@]}" --slots 0
+runs 2 "${small[@]}" --slots 4 --tolerance 0.3 --seed 7
+runs 2 "${small[@]}" --domain 2
+runs 2 "${small[@]}" --expert-bytes 0 --gate-bytes 1G
+runs 1 "${small[@]}" --balance 0 -m 3
+runs 1 "${small[@]}" --balance 1 -w 0
+runs 2 -t 1 --experts 4 --topk 2 --tokens 9 --skew 1
+runs 2 -t 4 --experts 16 --tokens 0 --skew 2
+runs 2 -t 8 --experts 8 --topk 8 --tokens 5 --skew 1
+runs 6 -t 4 --experts 16 --topk 3 --skew 2 -b 1K -e 16K -f 4
+status 0 "$perf" -n 2 -c 0 --hidden 256 "${small[@]}"
+grep -q ' N/A  zipf' out || fail "-c 0 must say that nothing was checked"
+
+# Balance shows: the same traffic, before and after.
+runs 2 -t 8 --experts 32 --topk 4 --tokens 200 --skew 3
+awk '!/^#/ { if ($5 < 2.5 || ($4 == 0 && $6 != $5) || ($4 == 1 && $6 > 1.1)) exit 1 }' out || fail "imbalances"
+
+# A load trace: exact loads and scaled ones; summed and by source. A routing trace.
+awk 'BEGIN {
+  printf "step,layer,microbatch,src"; for (e = 0; e < 16; e++) printf ",e%d", e; print "";
+  for (src = 0; src < 2; src++) { printf "1,0,0,%d", src; for (e = 0; e < 16; e++) printf ",%d", (e * 5) % 16; print "" }
+  printf "1,1,0,-1"; for (e = 0; e < 16; e++) printf ",%d", 1000 * e; print "" }' > t.csv
+runs 4 -t 4 --trace t.csv --topk 2 --tokens 30
+runs 2 -t 4 --trace t.csv --topk 2 --limit 1
+runs 2 -t 2 --trace t.csv --topk 4 --layer 1 -b 4K
+printf 'token,k0,k1\n0,3,5\n1,0,-1\n2,7,3\n' > r.csv
+runs 2 -t 4 --routing r.csv
+runs 2 -t 4 --routing r.csv --tokens 20 --experts 8 --combine partial
+
+# JSON, well-formed enough to hold what the table says.
+status 0 "$perf" -n 2 --hidden 256 "${small[@]}" -J o.json
+grep -q '"nwrong": 0' o.json && grep -q '"okay": true' o.json && grep -q '"dispatch"' o.json || fail "-J"
+
+# A library that damages one byte is found out, in numbers, words and exit status; undamaged, the same program passes.
+status 0 "$corrupt" -n 2 --hidden 256 "${small[@]}"
+for what in dispatch combine weights; do
+  status 1 env PERF_CORRUPT=$what "$corrupt" -n 2 --hidden 256 "${small[@]}" --balance 1 -J o.json
+  grep -q '^# Out of bounds values : [1-9][0-9]* FAILED$' out || fail "damage not counted: $what"
+  grep -v '^#' out | awk '$16 == 0 { exit 1 }' || fail "#wrong is 0: $what"
+  grep -q '"okay": false' o.json || fail "damage not in the JSON: $what"
+  grep -q '^# first fault: .' out || fail "damage not described: $what"
+done
+# A library that fails on some ranks ends the run with a message, not a hang.
+status 1 env PERF_CORRUPT=error "$corrupt" -n 2 --hidden 256 "${small[@]}"
+grep -q 'rank [1-3]: ultraepAllToAll.*: internal error' err || fail "message of a failing library"
+
+# Faults.
+status 1 "$perf" -B cuda
+grep -q 'this build has no CUDA backend' err || fail "message of -B cuda"
+status 2 "$perf" -B tpu
+status 2 "$perf" -t 0
+status 2 "$perf" -b 1K -e 1
+status 2 "$perf" -b 1Q
+status 2 "$perf" --tokens 5 -b 1K
+status 2 "$perf" --trace t.csv --skew 2
+status 2 "$perf" --trace t.csv --experts 16
+status 2 "$perf" --routing r.csv --topk 2
+status 2 "$perf" --hidden 100
+status 2 "$perf" --experts 63
+status 2 "$perf" --limit 2
+status 2 "$perf" stray
+status 1 "$perf" --skew 500
+status 1 "$perf" --trace none.csv
+status 1 "$perf" -t 3 --trace t.csv
+status 1 "$perf" -t 4 --routing r.csv --experts 4
+grep -q 'expert 5 is outside -1..3' err || fail "message of an expert out of range"
+status 1 "$perf" -n 1 --hidden 256 "${small[@]}" -J /nonexistent/o.json
+# More tokens than memory: said, not tried.
+awk 'BEGIN { printf "step,layer,microbatch,src"; for (e = 0; e < 16; e++) printf ",e%d", e; printf "\n1,0,0,-1";
+  for (e = 0; e < 16; e++) printf ",4000000"; print "" }' > huge.csv
+status 1 "$perf" -t 4 --trace huge.csv --topk 2 --hidden 65536
+grep -q 'ask for fewer with --tokens' err || fail "message of too many tokens"
+status 0 "$perf" --help
+grep -q 'busbw = algbw \* (R-1)/R' <(tr -s ' \n' ' ' < out) || fail "--help must define busbw"
+echo "perf_perf.sh: passed"
