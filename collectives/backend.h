@@ -16,6 +16,8 @@ typedef struct {
   /* The group's standing error, found by this rank or told by a peer; ultraepSuccess if none. Never waits. */
   ultraepResult_t (*check)(ultraepGroup_t group, const char *phase);
   void (*status)(ultraepGroup_t group, ultraepStatus_t *status);
+  /* Null: group->counters are kept up to date. */
+  ultraepResult_t (*counters)(ultraepGroup_t group, ultraepCounters_t *counters);
   void (*abort)(ultraepGroup_t group);
   /* Leaves the group and frees what the backend owns. Afterwards no peer touches this rank's memory. */
   void (*destroy)(ultraepGroup_t group);
@@ -31,6 +33,8 @@ typedef struct {
   void (*routeDestroy)(ultraepRoute_t route);
   ultraepResult_t (*routeUpdate)(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
                                  int nTokens, cudaStream_t stream);
+  /* Null: route->plan is there once the update has returned. */
+  ultraepResult_t (*routePlan)(ultraepRoute_t route, ultraepPlan_t *plan);
 
   ultraepResult_t (*dispatch)(const backendExchange_t *exchange, cudaStream_t stream);
   ultraepResult_t (*combine)(const backendExchange_t *exchange, cudaStream_t stream);
@@ -40,5 +44,9 @@ typedef struct {
   ultraepResult_t (*weightsSync)(ultraepRoute_t route, const struct groupLayer *layer, cudaStream_t stream);
   ultraepResult_t (*gradsReduce)(ultraepRoute_t route, const struct groupLayer *layer, cudaStream_t stream);
 } backend_t;
+
+#ifdef ULTRAEP_HAVE_NCCL_BACKEND
+ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config);
+#endif
 
 #endif

@@ -54,8 +54,12 @@ ultraepResult_t ultraepGroupCreate(ultraepGroup_t *group, ncclComm_t comm, const
   if (!group) return error_set(ultraepInvalidArgument, "group is null");
   if (!comm) return error_set(ultraepInvalidArgument, "comm is null");
   if (!config) return error_set(ultraepInvalidArgument, "config is null");
+#ifdef ULTRAEP_HAVE_NCCL_BACKEND
+  return nccl_group_create(group, comm, config);
+#else
   return error_set(ultraepInvalidUsage, "this build of libultraep has no NCCL backend: "
                                         "only groups of a host world (ultraepGroupCreateHost) can be made");
+#endif
 }
 
 ultraepResult_t ultraepGroupProperties(ultraepGroup_t group, ultraepGroupProperties_t *properties) {
@@ -79,6 +83,7 @@ ultraepResult_t ultraepGroupCounters(ultraepGroup_t group, ultraepCounters_t *co
   ultraepResult_t result = group_check_handle(group);
   if (result != ultraepSuccess) return result;
   if (!counters) return error_set(ultraepInvalidArgument, "counters is null");
+  if (group->backend->counters) return group->backend->counters(group, counters);
   *counters = group->counters;
   return ultraepSuccess;
 }

@@ -203,5 +203,8 @@ static inline bool host_uses_meta(const ultraepConfig_t *config) {
  * rows. The same bits on every machine: no fused multiply-add. */
 void host_sum_rows(void *dst, const void *const *rows, const float *weights, int nRows, size_t nElements,
                    int32_t dataType);
+/* The same without the machine's vector extensions: what the other must equal. */
+void host_sum_rows_baseline(void *dst, const void *const *rows, const float *weights, int nRows,
+                            size_t nElements, int32_t dataType);
 
 #endif

@@ -59,9 +59,8 @@ static void row_prefetch(const unsigned char *row, size_t bytes) {
   for (size_t i = 0; i < bytes; i += CACHE_LINE) __builtin_prefetch(row + i);
 }
 
-void host_sum_rows(void *dst, const void *const *rows, const float *weights, int nRows, size_t nElements,
-                   int32_t dataType) {
-  const hostType_t *type = &types_choose()[dataType];
+static void sum_rows(const hostType_t *type, void *dst, const void *const *rows, const float *weights,
+                     int nRows, size_t nElements) {
   float sums[BLOCK];
   for (size_t first = 0; first < nElements; first += BLOCK) {
     size_t n = nElements - first < BLOCK ? nElements - first : BLOCK;
@@ -73,4 +72,14 @@ void host_sum_rows(void *dst, const void *const *rows, const float *weights, int
     }
     type->round((unsigned char *)dst + at, sums, n);
   }
+}
+
+void host_sum_rows(void *dst, const void *const *rows, const float *weights, int nRows, size_t nElements,
+                   int32_t dataType) {
+  sum_rows(&types_choose()[dataType], dst, rows, weights, nRows, nElements);
+}
+
+void host_sum_rows_baseline(void *dst, const void *const *rows, const float *weights, int nRows,
+                            size_t nElements, int32_t dataType) {
+  sum_rows(&types_base[dataType], dst, rows, weights, nRows, nElements);
 }

@@ -76,6 +76,7 @@ ultraepResult_t ultraepRoutePlan(ultraepRoute_t route, ultraepPlan_t *plan) {
   if (!route->planned)
     return error_set(ultraepInvalidUsage,
                      "route %d holds no plan: it was never updated, or its update failed", route->index);
+  if (route->group->backend->routePlan) return route->group->backend->routePlan(route, plan);
   *plan = route->plan;
   return ultraepSuccess;
 }

@@ -24,10 +24,14 @@
  *   ultraepInvalidArgument, ultraepInvalidUsage  the call had no effect; the group works on.
  *   ultraepCapacityExceeded                      this route failed, alike on every rank, before a row moved; the
  *                                                group works on and the route may be updated again.
- *   ultraepTimeout, ultraepRemoteError           the group has failed: this and every later call on it returns this
- *                                                error until it is destroyed. ultraepGroupStatus names phase and rank.
+ *   ultraepTimeout, ultraepRemoteError           the group has failed (unless the call says that it works on): this
+ *                                                and every later call on it returns this error until it is destroyed.
+ *                                                ultraepGroupStatus names phase and rank. Only properties, counters,
+ *                                                status, abort and the destroying calls still work. Once a call has
+ *                                                returned the error, no peer touches this rank's memory any more.
  *
- * Collective calls (marked so) must be made by every rank of the group, in the same order. On one rank, calls on one
+ * Collective calls (marked so) must be made by every rank of the group, in the same order. Ranks found in different
+ * calls, or in one call for different routes, layers or places: ultraepInvalidUsage on all. On one rank, calls on one
  * group must not overlap in time; different groups are independent. Streams: the NCCL backend enqueues on `stream`
  * and returns; the host backend has done the work when the call returns, and ignores `stream`.
  */
@@ -78,10 +82,13 @@ typedef enum {
 } ultraepDispatchMode_t;
 
 typedef enum {
-  ULTRAEP_COMBINE_EXACT = 0, /* accumulates in fp32 in order of k, rounds once to the data type */
+  /* Accumulates in fp32 from +0 in order of k, each product rounded to fp32 (no fused multiply-add), and rounds once
+   * to the data type. */
+  ULTRAEP_COMBINE_EXACT = 0,
   /* Partial sums at the experts' rank: for each (token, rank) the weighted rows there are summed in fp32 in order of
    * k and, where there are two or more, rounded to the data type; the token's rank adds the partial sums in fp32 in
-   * order of their first k and rounds once. So up to one more rounding per (token, rank) than EXACT. */
+   * order of their first k and rounds once. So up to one more rounding per (token, rank) than EXACT. Combining
+   * FLOAT32 needs a group whose dataType is FLOAT32: elsewhere there is no room, ultraepInvalidUsage. */
   ULTRAEP_COMBINE_PARTIAL = 1
 } ultraepCombineMode_t;
 
@@ -102,7 +109,8 @@ typedef struct {
   int32_t balance;     /* 1: plan replicas; 0: masters only, whatever nSlots says */
   int32_t domainRanks; /* D, ranks that reach each other's memory, a divisor of the ranks; 0: found by the backend */
   int32_t alignment;   /* rows at which segments start, 1..4096 */
-  int64_t maxRecvRows; /* capacity: rows a rank may receive, padding included; 0: see ultraepGroupProperties_t */
+  /* Capacity: rows a rank may receive, padding included, 0..2^31-1; 0: see ultraepGroupProperties_t. */
+  int64_t maxRecvRows;
   double tolerance;    /* balance to mean * (1 + tolerance), 0..1000 */
   /* Cost gate (see ultraepPlannerConfig_t). expertBytes = 0 switches it off: every plan balances fully. */
   int64_t expertBytes;   /* weights of one expert, bytes, 0..2^40 */
@@ -177,19 +185,22 @@ ULTRAEP_API ultraepResult_t ultraepGroupCounters(ultraepGroup_t group, ultraepCo
 /* The group's error, asynchronous ones included; never blocks. status may be null. */
 ULTRAEP_API ultraepResult_t ultraepGroupStatus(ultraepGroup_t group, ultraepStatus_t *status);
 /* Makes this group's waits, here and on its peers, return ultraepRemoteError soon. May be called from any thread, also
- * while a call on the group is in progress. The group must still be destroyed. */
+ * while a call on the group is in progress, but not during ultraepGroupDestroy. The group must still be destroyed. */
 ULTRAEP_API ultraepResult_t ultraepGroupAbort(ultraepGroup_t group);
 /* Not collective. Frees the group with its routes, registrations and ultraepMemAlloc memory on this rank. Peers that
  * wait for this rank then or later get ultraepRemoteError. Null is allowed. */
 ULTRAEP_API ultraepResult_t ultraepGroupDestroy(ultraepGroup_t group);
 
 /* ---- symmetric memory: what peers write (a dispatch's outputs) or read (a combine's input, master weights) ---- */
-/* Collective: every rank asks for the same bytes (> 0). *ptr is aligned to 256 bytes and uninitialised. */
+/* Collective: every rank asks for the same bytes, 1..2^47 (else ultraepInvalidUsage on all). *ptr is aligned to 256
+ * bytes and uninitialised. A rank without the memory gets ultraepSystemError, the others ultraepRemoteError, and the
+ * group works on. */
 ULTRAEP_API ultraepResult_t ultraepMemAlloc(ultraepGroup_t group, void **ptr, size_t bytes);
 /* Collective: registers the caller's memory (NCCL backend: from ncclMemAlloc), aligned to 16 bytes, the same number of
  * bytes on every rank. The caller keeps ownership and must not free it before ultraepMemFree. */
 ULTRAEP_API ultraepResult_t ultraepMemRegister(ultraepGroup_t group, void *ptr, size_t bytes);
-/* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. */
+/* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. Layers whose
+ * weights lie in it are no longer registered. On a failed group ultraepGroupDestroy does it. */
 ULTRAEP_API ultraepResult_t ultraepMemFree(ultraepGroup_t group, void *ptr);
 
 /* ---- routes ---- */
@@ -216,9 +227,11 @@ typedef struct {
   const int32_t *expert;   /* [nSegments] global expert, -1 for an empty slot */
   const int64_t *firstRow; /* [nSegments] */
   const int64_t *rows;     /* [nSegments] rows of the segment, 0 for an empty slot */
-  const int64_t *totalRows;/* [1] end of the last segment: rows in use, padding included */
+  /* [1] Rows in use: the end of the last segment, rounded up to alignment like every segment's. */
+  const int64_t *totalRows;
   /* [nSegments] per tensor: where that instance's weights (gradients) are: in the masters of the layer of the last
-   * ultraepWeightsSync on this route, or in the slots. Null pointers before that call. */
+   * ultraepWeightsSync on this route, or in the slots. Null pointers before that call. An empty slot's pointer is
+   * memory of undefined contents. */
   void *const *weights[ULTRAEP_MAX_TENSORS];
   void *const *grads[ULTRAEP_MAX_TENSORS];
 } ultraepSegments_t;
@@ -263,7 +276,9 @@ ULTRAEP_API ultraepResult_t ultraepAllToAllTensors(const ultraepTensors_t *tenso
 
 /* ---- replicas' weights and gradients ---- */
 typedef struct {
-  void *master;     /* weights: [E/R][bytes], symmetric memory; gradients: [E/R][bytes], any memory of this rank */
+  /* [E/R][bytes], aligned to 16. Weights: symmetric memory, at the same offset of the same region on every rank.
+   * Gradients: any memory of this rank. */
+  void *master;
   size_t bytes;     /* of one expert, a multiple of 16; equal in every layer and on every rank */
   int32_t dataType; /* weights: ignored (copied as bytes); gradients: ULTRAEP_FLOAT32 or ULTRAEP_BFLOAT16 */
   int32_t reserved; /* 0 */
@@ -283,7 +298,8 @@ typedef struct {
 
 /* Collective. Registers (or replaces) a layer's master tensors; layer >= 0 is any number of the caller's. The first
  * registration of a group allocates the slots, S per rank, shared by all layers; gradient slots start as zeros.
- * Registering other shapes later: ultraepInvalidUsage. */
+ * Registering other shapes later: ultraepInvalidUsage. A rank without memory for the slots gets ultraepSystemError,
+ * the others ultraepRemoteError, and the group works on. */
 ULTRAEP_API ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int layer, const ultraepExperts_t *experts);
 /* Collective. Copies the weights of every replica of the route's plan from its master into its slot. When the call's
  * work is done on a rank, its slots are filled and its masters are no longer read. */

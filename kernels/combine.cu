@@ -1,9 +1,10 @@
-// Combine: expert-major rows -> tokens. A warp takes one token: each lane holds 16-byte columns of all its rows, sums
-// them in fp32 in order of k, rounds once and writes once. Products and sums are separate roundings (no fused
-// multiply-add), so that the host backend gives the same bits.
+// Combine: expert-major rows -> tokens. A warp takes one token: each lane holds 16-byte columns of all its
+// rows, sums them in fp32 in order of k, rounds once and writes once. Products and sums are separate
+// roundings (no fused multiply-add), so that the host backend gives the same bits.
 //
-// PARTIAL: first each rank sums, for every token with two or more rows here, those rows into a staging area of its
-// window; then a token's rank reads one row per rank.
+// PARTIAL: first each rank sums, for every token with two or more rows here, those rows into a staging area
+// of its window; then a token's rank reads one row per rank.
+#include "load.cuh"
 #include "signal.cuh"
 #include "warp.cuh"
 
@@ -48,7 +49,9 @@ struct AsFloat16 {
 };
 struct AsFloat32 {
   static constexpr int kElements = 4;
-  static __device__ __forceinline__ float get(const uint4 &v, int i) { return reinterpret_cast<const float *>(&v)[i]; }
+  static __device__ __forceinline__ float get(const uint4 &v, int i) {
+    return reinterpret_cast<const float *>(&v)[i];
+  }
   static __device__ __forceinline__ uint4 put(const float *f) {
     return {__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]), __float_as_uint(f[3])};
   }
@@ -63,8 +66,8 @@ __device__ __forceinline__ uint4 loadRow(const char *at) {
   return v;
 }
 
-// Writes round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and its weight; kWeighted: else plain
-// sums.
+// Writes round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and its weight; kWeighted:
+// else plain sums.
 template <typename As, bool kWeighted>
 __device__ __forceinline__ void sumRows(char *out, const char *row, float weight, int rowBytes, int lane) {
   unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
@@ -82,7 +85,8 @@ __device__ __forceinline__ void sumRows(char *out, const char *row, float weight
         if (!left) break;
         int from = __ffs(left) - 1;
         left &= left - 1;
-        auto *start = reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), from));
+        auto *start =
+            reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), from));
         if (kWeighted) scale[j] = __shfl_sync(kFullWarp, weight, from);
         value[j] = inside ? loadRow(start + at) : uint4{};
       }
@@ -157,7 +161,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   if (route.status->code != kSuccess) return; // alike on every rank
   auto *bases = reinterpret_cast<const char **>(memory);
   uint32_t call = g.state->exchangeCalls + 1;
-  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) bases[r] = x.peerRows[r] + x.peerRowsOffset;
+  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
+    bases[r] = x.peerRows[r] + x.peerRowsOffset;
   int warps = blockDim.x / kWarp, first = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp;
   int stride = int(gridDim.x) * warps, differs;
   bool alive = true;
@@ -185,10 +190,17 @@ template <typename As> static auto combineKernelOf(bool weighted) {
   return weighted ? combineKernel<As, true> : combineKernel<As, false>;
 }
 
+cudaError_t loadCombineKernels() {
+  return loadKernels(
+      {kernelAddress(combineKernel<AsBfloat16, true>), kernelAddress(combineKernel<AsBfloat16, false>),
+       kernelAddress(combineKernel<AsFloat16, true>), kernelAddress(combineKernel<AsFloat16, false>),
+       kernelAddress(combineKernel<AsFloat32, true>), kernelAddress(combineKernel<AsFloat32, false>)});
+}
+
 } // namespace ultraep
 
-int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExchange_t *exchange,
-                        cudaStream_t stream) {
+int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                        const kernelExchange_t *exchange, cudaStream_t stream) {
   using namespace ultraep;
   bool weighted = exchange->weighted;
   auto kernel = exchange->dataType == 0   ? combineKernelOf<AsBfloat16>(weighted)

@@ -1,12 +1,14 @@
 // Dispatch: tokens -> expert-major rows, straight to their final places on the destinations.
 //
-// A warp takes one token (or a chunk of its row) at a time. With bulk copies: one load into the warp's buffer, then each
-// lane k stores it to the token's k-th place; two buffers, so that the next load runs beside the stores. Without them
-// (sm_80): 16 bytes a lane, loaded once and stored K times.
+// A warp takes one token (or a chunk of its row) at a time. With bulk copies: one load into the warp's
+// buffer, then each lane k stores it to the token's k-th place; two buffers, so that the next load runs
+// beside the stores. Without them (sm_80): 16 bytes a lane, loaded once and stored K times.
 //
-// ONCE: only the first of a token's rows on a rank crosses the link; when every rank is done, the destination's own
-// blocks copy it to the token's other rows there, along the chain that the route left in the window.
+// ONCE: only the first of a token's rows on a rank crosses the link; when every rank is done, the
+// destination's own blocks copy it to the token's other rows there, along the chain that the route left in
+// the window.
 #include "bulk.cuh"
+#include "load.cuh"
 #include "signal.cuh"
 #include "warp.cuh"
 
@@ -40,7 +42,9 @@ struct DispatchContext {
   // Bytes that lane k's row takes to another rank.
   __device__ int crossing(kernelPlace_t place) const {
     bool sent = place.rank >= 0 && !(x.once && (place.rank & KERNEL_PLACE_LATER));
-    return sent && (place.rank & KERNEL_PLACE_RANK_MASK) != g.rank ? x.rowBytes + (x.sendScales ? x.scaleBytes : 0) : 0;
+    return sent && (place.rank & KERNEL_PLACE_RANK_MASK) != g.rank
+               ? x.rowBytes + (x.sendScales ? x.scaleBytes : 0)
+               : 0;
   }
   // Scales and weights of one token's rows, by one lane for the weight and the whole warp for scales.
   __device__ void sendExtras(int token, kernelPlace_t place, int lane) const {
@@ -54,8 +58,8 @@ struct DispatchContext {
     for (int k = 0; k < g.topK; k++) {
       int to = __shfl_sync(kFullWarp, place.rank, k), row = __shfl_sync(kFullWarp, place.row, k);
       if (to < 0 || (x.once && (to & KERNEL_PLACE_LATER))) continue;
-      auto *out = reinterpret_cast<uint32_t *>(x.peerScales[to & KERNEL_PLACE_RANK_MASK] + x.peerScalesOffset +
-                                               int64_t(row) * x.scaleBytes);
+      auto *out = reinterpret_cast<uint32_t *>(x.peerScales[to & KERNEL_PLACE_RANK_MASK] +
+                                               x.peerScalesOffset + int64_t(row) * x.scaleBytes);
       for (int i = lane; i < x.scaleBytes / 4; i += kWarp) out[i] = scales[i];
     }
   }
@@ -77,7 +81,8 @@ __device__ __forceinline__ void copyPortable(const char *from, char *to, int nTa
     bool inside = at < bytes;
     uint4 value = inside ? *reinterpret_cast<const uint4 *>(from + at) : uint4{};
     for (unsigned left = targets; left; left &= left - 1) {
-      auto *row = reinterpret_cast<char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(to), __ffs(left) - 1));
+      auto *row =
+          reinterpret_cast<char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(to), __ffs(left) - 1));
       if (inside) *reinterpret_cast<uint4 *>(row + at) = value;
     }
   }
@@ -111,8 +116,10 @@ struct BulkPipe {
   }
 };
 
-// One warp's share of the tokens through its buffers. Items are (token, chunk) pairs, every `stride`-th token.
-__device__ void dispatchBulk(const DispatchContext &c, char *memory, uint64_t *barriers, int first, int stride) {
+// One warp's share of the tokens through its buffers. Items are (token, chunk) pairs, every `stride`-th
+// token.
+__device__ void dispatchBulk(const DispatchContext &c, char *memory, uint64_t *barriers, int first,
+                             int stride) {
   BulkPipe pipe;
   pipe.start(memory, barriers, c.shape.chunkBytes, threadIdx.x / kWarp);
   int nTokens = first < c.x.nTokens ? (c.x.nTokens - first + stride - 1) / stride : 0;
@@ -147,7 +154,8 @@ __device__ void dispatchBulk(const DispatchContext &c, char *memory, uint64_t *b
 }
 #endif
 
-// ONCE, at the destination: rows that came copy on to their tokens' other rows here. Warps take every stride-th row.
+// ONCE, at the destination: rows that came copy on to their tokens' other rows here. Warps take every
+// stride-th row.
 __device__ void dispatchSpread(const DispatchContext &c, int first, int stride) {
   int lane = threadIdx.x % kWarp;
   auto *meta = reinterpret_cast<const kernelMeta_t *>(c.g.windows[c.g.rank] + c.route.metaOffset);
@@ -168,7 +176,8 @@ __device__ void dispatchSpread(const DispatchContext &c, int first, int stride) 
       if (c.x.scaleBytes == 0) continue;
       char *scales = c.x.peerScales[c.g.rank] + c.x.peerScalesOffset;
       for (int i = 0; i < n; i++) {
-        auto *out = reinterpret_cast<uint32_t *>(scales + int64_t(__shfl_sync(kFullWarp, mine, i)) * c.x.scaleBytes);
+        auto *out =
+            reinterpret_cast<uint32_t *>(scales + int64_t(__shfl_sync(kFullWarp, mine, i)) * c.x.scaleBytes);
         auto *in = reinterpret_cast<const uint32_t *>(scales + row * c.x.scaleBytes);
         for (int j = lane; j < c.x.scaleBytes / 4; j += kWarp) out[j] = in[j];
       }
@@ -185,9 +194,11 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
   if (route.status->code != kSuccess) return; // alike on every rank
   char **bases = reinterpret_cast<char **>(memory);
   uint32_t call = g.state->exchangeCalls + 1;
-  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) bases[r] = x.peerRows[r] + x.peerRowsOffset;
+  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
+    bases[r] = x.peerRows[r] + x.peerRowsOffset;
   DispatchContext c{g, route, x, shape, bases};
-  int first = int(blockIdx.x) * shape.nWarps + int(threadIdx.x) / kWarp, stride = int(gridDim.x) * shape.nWarps;
+  int first = int(blockIdx.x) * shape.nWarps + int(threadIdx.x) / kWarp,
+      stride = int(gridDim.x) * shape.nWarps;
   int differs;
   if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, x.check);
   bool alive = waitFlags(g, KERNEL_FLAG_READY, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
@@ -208,7 +219,8 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
         kernelPlace_t place = c.placeOf(token, lane);
         c.sendExtras(token, place, lane);
         crossed += c.crossing(place);
-        copyPortable(x.sendRows + int64_t(token) * x.rowBytes, c.destination(place), g.topK, x.rowBytes, lane);
+        copyPortable(x.sendRows + int64_t(token) * x.rowBytes, c.destination(place), g.topK, x.rowBytes,
+                     lane);
       }
       addBytes(&g.state->dispatchBytes, crossed);
     }
@@ -228,17 +240,23 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
   }
 }
 
+cudaError_t loadDispatchKernels() {
+  return loadKernels({kernelAddress(dispatchKernel<true>), kernelAddress(dispatchKernel<false>)});
+}
+
 } // namespace ultraep
 
-int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExchange_t *exchange,
-                         cudaStream_t stream) {
+int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                         const kernelExchange_t *exchange, cudaStream_t stream) {
   using namespace ultraep;
   int device, limit, major;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
-  size_t table = (group->planner.nRanks * sizeof(char *) + 127) / 128 * 128, room = size_t(limit) - table - 2048;
+  size_t table = (group->planner.nRanks * sizeof(char *) + 127) / 128 * 128,
+         room = size_t(limit) - table - 2048;
   DispatchShape shape = {kMaxDispatchWarps, 0, 0};
   // Chunks of at most 16 KiB; as many warps as buffers fit, at least half of the most.
   int most = std::min<int>(16384, int(room / (kMaxDispatchWarps / 2 * kBuffers)) / 128 * 128);
@@ -246,7 +264,8 @@ int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   shape.chunkBytes = ((exchange->rowBytes + shape.nChunks - 1) / shape.nChunks + 127) / 128 * 128;
   shape.nChunks = (exchange->rowBytes + shape.chunkBytes - 1) / shape.chunkBytes;
   bool bulk = major >= 9;
-  if (bulk) shape.nWarps = int(std::min<size_t>(kMaxDispatchWarps, room / (size_t(kBuffers) * shape.chunkBytes)));
+  if (bulk)
+    shape.nWarps = int(std::min<size_t>(kMaxDispatchWarps, room / (size_t(kBuffers) * shape.chunkBytes)));
   size_t bytes = table + (bulk ? size_t(shape.nWarps) * kBuffers * shape.chunkBytes : 0);
   int nBlocks = std::max(1, std::min(group->nBlocks, (exchange->nTokens + 3) / 4));
   if (exchange->once) nBlocks = group->nBlocks; // the destination's copies are not known here

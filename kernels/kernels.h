@@ -1,8 +1,9 @@
-/* Launchers of the CUDA kernels. Plain pointers in, no NCCL types; every launcher returns a cudaError_t as int and
- * enqueues on the stream without waiting. Sizes and meanings follow ultraep.h and ultraep_balancer.h.
+/* Launchers of the CUDA kernels. Plain pointers in, no NCCL types; every launcher returns a cudaError_t as
+ * int and enqueues on the stream without waiting. Sizes and meanings follow ultraep.h and ultraep_balancer.h.
  *
- * Ranks meet in their windows: symmetric memory of which each rank maps every other's. A window begins with flags, one
- * 64-bit word per (kind, rank): the low half counts calls, the high half carries a check word or status bits. */
+ * Ranks meet in their windows: symmetric memory of which each rank maps every other's. A window begins with
+ * flags, one 64-bit word per (kind, rank): the low half counts calls, the high half carries a check word or
+ * status bits. */
 #ifndef ULTRAEP_KERNELS_H_
 #define ULTRAEP_KERNELS_H_
 
@@ -32,19 +33,36 @@ typedef struct {
   int64_t *summary;     /* [KERNEL_SUMMARY_WORDS] */
 } kernelPlan_t;
 
-enum { KERNEL_SUMMARY_MAX_PLANNED = 0, KERNEL_SUMMARY_REPLICAS = 1, KERNEL_SUMMARY_TARGET = 2, KERNEL_SUMMARY_WORDS = 4 };
+enum {
+  KERNEL_SUMMARY_MAX_PLANNED = 0,
+  KERNEL_SUMMARY_REPLICAS = 1,
+  KERNEL_SUMMARY_TARGET = 2,
+  KERNEL_SUMMARY_WORDS = 4
+};
 
 /* Plans one load matrix [R][E] in device memory with one thread block. */
-int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan, cudaStream_t stream);
+int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan,
+                     cudaStream_t stream);
+
+/* Loads every kernel for the current device: a first launch would load it then, and may wait for the whole
+ * device. */
+int kernelsLoad(void);
 
 /* ---- a rank's part of a group ---- */
 
-/* GONE: set by a rank that leaves the group; ends waits for that rank. After the flags comes one word, the failure
- * mark: rank + 1 of a rank that failed or aborted; ends every wait. */
-enum { KERNEL_FLAG_ROUTE = 0, KERNEL_FLAG_READY = 1, KERNEL_FLAG_DONE = 2, KERNEL_FLAG_GONE = 3, KERNEL_FLAG_KINDS = 4 };
+/* GONE: set by a rank that leaves the group; ends waits for that rank. After the flags comes one word, the
+ * failure mark: rank + 1 of a rank that failed or aborted; ends every wait. */
+enum {
+  KERNEL_FLAG_ROUTE = 0,
+  KERNEL_FLAG_READY = 1,
+  KERNEL_FLAG_DONE = 2,
+  KERNEL_FLAG_GONE = 3,
+  KERNEL_FLAG_KINDS = 4
+};
 enum { KERNEL_PHASE_NONE = 0, KERNEL_PHASE_ROUTE = 1, KERNEL_PHASE_DISPATCH = 2, KERNEL_PHASE_COMBINE = 3 };
 
-/* Why a group stopped, in host memory mapped to the device: the kernels write, the host reads without waiting. */
+/* Why a group stopped, in host memory mapped to the device: the kernels write, the host reads without
+ * waiting. */
 typedef struct {
   int32_t code;  /* ultraepResult_t; written last */
   int32_t phase; /* KERNEL_PHASE_... */
@@ -79,8 +97,8 @@ typedef struct {
   int32_t nBlocks;   /* at most, of one kernel */
   int64_t maxRecvRows;
   uint64_t timeoutNs;
-  size_t loadsOffset;      /* in a window: int32 [2][R][E], by parity of the route call */
-  char *const *windows;    /* [R] device array: every rank's window as seen from here */
+  size_t loadsOffset;   /* in a window: int32 [2][R][E], by parity of the route call */
+  char *const *windows; /* [R] device array: every rank's window as seen from here */
   kernelState_t *state;
   kernelFailure_t *failure; /* as mapped to the device */
   int32_t *chunkCounts;     /* [nBlocks][E] */
@@ -88,8 +106,8 @@ typedef struct {
 
 /* Bits beside the rank in kernelPlace_t.rank. */
 #define KERNEL_PLACE_RANK_MASK 0xffff
-#define KERNEL_PLACE_LATER 0x10000    /* not the first of its token's rows on that rank */
-#define KERNEL_PLACE_SHARED 0x20000   /* its token has two or more rows on that rank */
+#define KERNEL_PLACE_LATER 0x10000  /* not the first of its token's rows on that rank */
+#define KERNEL_PLACE_SHARED 0x20000 /* its token has two or more rows on that rank */
 typedef struct {
   int32_t rank; /* with the bits above; -1: unused entry */
   int32_t row;
@@ -97,9 +115,9 @@ typedef struct {
 
 /* How an update of a route came out, in device memory. */
 typedef struct {
-  int32_t code; /* ultraepResult_t */
-  int32_t rank; /* whose capacity or entry it was, -1 if none */
-  int64_t rows; /* that this rank would need */
+  int32_t code;     /* ultraepResult_t */
+  int32_t rank;     /* whose capacity or entry it was, -1 if none */
+  int64_t rows;     /* that this rank would need */
   int32_t nUpdates; /* that the route has had; written last */
   int32_t reserved;
 } kernelRouteStatus_t;
@@ -116,7 +134,8 @@ typedef struct {
   size_t metaOffset;               /* in a window: kernelMeta_t [maxRecvRows], where usesMeta */
 } kernelRoute_t;
 
-/* Bytes of shared memory that a route needs at least; more than the device's limit per block cannot be launched. */
+/* Bytes of shared memory that a route needs at least; more than the device's limit per block cannot be
+ * launched. */
 size_t kernelRouteSharedBytes(const kernelPlanner_t *planner);
 /* Count, publish, plan, offsets. topkWeights may be null. */
 int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const int32_t *topkIdx,
@@ -125,9 +144,9 @@ int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
 /* ---- the exchange ---- */
 
 typedef struct {
-  const char *sendRows;    /* dispatch: [nTokens][rowBytes] of this rank; combine: unused */
-  char *recvRows;          /* combine: [nTokens][rowBytes] of this rank; dispatch: unused */
-  char *const *peerRows;   /* [R] device array: the region that holds the symmetric rows, in every rank */
+  const char *sendRows;  /* dispatch: [nTokens][rowBytes] of this rank; combine: unused */
+  char *recvRows;        /* combine: [nTokens][rowBytes] of this rank; dispatch: unused */
+  char *const *peerRows; /* [R] device array: the region that holds the symmetric rows, in every rank */
   size_t peerRowsOffset;
   const char *sendScales;  /* [nTokens][scaleBytes] or null */
   char *const *peerScales; /* [R], where sendScales is set */
@@ -136,18 +155,18 @@ typedef struct {
   size_t peerWeightsOffset;
   int32_t rowBytes, scaleBytes;
   int32_t nTokens;
-  int32_t dataType;  /* ultraepDataType_t */
-  int32_t weighted;  /* combine */
-  int32_t once;      /* dispatch: ULTRAEP_DISPATCH_ONCE; combine: ULTRAEP_COMBINE_PARTIAL */
-  int32_t hasWeights; /* the route has top-k weights */
-  uint32_t check;    /* equal on all ranks when they are in the same call with the same places */
+  int32_t dataType;      /* ultraepDataType_t */
+  int32_t weighted;      /* combine */
+  int32_t once;          /* dispatch: ULTRAEP_DISPATCH_ONCE; combine: ULTRAEP_COMBINE_PARTIAL */
+  int32_t hasWeights;    /* the route has top-k weights */
+  uint32_t check;        /* equal on all ranks when they are in the same call with the same places */
   size_t partialsOffset; /* in a window: [maxRecvRows][row], for partial sums */
 } kernelExchange_t;
 
-int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExchange_t *exchange,
-                         cudaStream_t stream);
-int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExchange_t *exchange,
-                        cudaStream_t stream);
+int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                         const kernelExchange_t *exchange, cudaStream_t stream);
+int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                        const kernelExchange_t *exchange, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,5 @@
 // The planner alone, for tools and tests; a route plans inside its own kernel.
+#include "load.cuh"
 #include "planner.cuh"
 
 namespace ultraep {
@@ -24,10 +25,19 @@ __global__ void __launch_bounds__(512, 1)
 
 } // namespace ultraep
 
-int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan, cudaStream_t stream) {
+int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan,
+                     cudaStream_t stream) {
   size_t bytes = ultraep::PlanArrays::bytes(planner->nRanks, planner->nExperts, planner->nSlots);
-  cudaError_t error = cudaFuncSetAttribute(ultraep::planKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(ultraep::planKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return error;
   ultraep::planKernel<<<1, 512, bytes, stream>>>(*planner, loads, plan);
   return cudaGetLastError();
+}
+
+int kernelsLoad(void) {
+  cudaError_t error = ultraep::loadRouteKernels();
+  if (error == cudaSuccess) error = ultraep::loadDispatchKernels();
+  if (error == cudaSuccess) error = ultraep::loadCombineKernels();
+  return error;
 }

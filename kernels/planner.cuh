@@ -1,5 +1,6 @@
-// The planner on the device: the same alias fill as balancer/fill.c and balancer/search.c, by one thread block. One
-// warp fills one domain; every choice is made by the same keys and tie-breaks, so plans equal the host's to the bit.
+// The planner on the device: the same alias fill as balancer/fill.c and balancer/search.c, by one thread
+// block. One warp fills one domain; every choice is made by the same keys and tie-breaks, so plans equal the
+// host's to the bit.
 #ifndef ULTRAEP_PLANNER_CUH_
 #define ULTRAEP_PLANNER_CUH_
 
@@ -10,7 +11,7 @@ namespace ultraep {
 
 // Steps above the target that a fill is tried for, as in balancer/search.c.
 __device__ constexpr int64_t kSearchStepsPpm[] = {
-    0,     250,   500,   1000,  1500,   2000,   3000,   4000,   6000,   8000,    12000,   16000,  24000,
+    0,     250,   500,   1000,  1500,   2000,   3000,   4000,   6000,   8000,   12000,   16000,   24000,
     32000, 48000, 64000, 96000, 128000, 192000, 256000, 384000, 512000, 768000, 1000000, 2000000, 4000000};
 constexpr int kSearchSteps = sizeof(kSearchStepsPpm) / sizeof(kSearchStepsPpm[0]);
 constexpr int kSearchBetween = 8;
@@ -31,7 +32,8 @@ struct PlanArrays {
   int32_t *scratch;    // [E + R] for the cost gate
 
   __host__ __device__ static size_t bytes(int64_t nRanks, int64_t nExperts, int64_t nSlots) {
-    return size_t(8 * (2 * nExperts + 3 * nRanks + nRanks * nSlots) + 4 * (nRanks * nSlots + 3 * nRanks + nExperts)) +
+    return size_t(8 * (2 * nExperts + 3 * nRanks + nRanks * nSlots) +
+                  4 * (nRanks * nSlots + 3 * nRanks + nExperts)) +
            16;
   }
   __device__ void carve(char *base, int64_t nRanks, int64_t nExperts, int64_t nSlots) {
@@ -59,11 +61,13 @@ struct Outcome {
 template <typename Key> struct WarpFill {
   const kernelPlanner_t &p;
   const PlanArrays &a;
-  int first, end, lane, perRank, span; // span: ranks a lane looks at, consecutive, so lower lanes have lower ranks
+  int first, end, lane, perRank,
+      span; // span: ranks a lane looks at, consecutive, so lower lanes have lower ranks
 
   __device__ WarpFill(const kernelPlanner_t &planner, const PlanArrays &arrays, int firstRank)
-      : p(planner), a(arrays), first(firstRank), end(firstRank + planner.nDomainRanks), lane(threadIdx.x % kWarp),
-        perRank(planner.nExperts / planner.nRanks), span((planner.nDomainRanks + kWarp - 1) / kWarp) {}
+      : p(planner), a(arrays), first(firstRank), end(firstRank + planner.nDomainRanks),
+        lane(threadIdx.x % kWarp), perRank(planner.nExperts / planner.nRanks),
+        span((planner.nDomainRanks + kWarp - 1) / kWarp) {}
 
   // The largest rem of a rank's experts, known to the whole warp.
   __device__ Key largestOf(int rank) const {
@@ -72,8 +76,8 @@ template <typename Key> struct WarpFill {
     return warpMax(most);
   }
 
-  // The rank of the wanted kind with the best key, the lowest of equals; -1 if there is none. keyOf gives 0 for "not
-  // this one".
+  // The rank of the wanted kind with the best key, the lowest of equals; -1 if there is none. keyOf gives 0
+  // for "not this one".
   template <typename KeyOf> __device__ int pick(KeyOf keyOf, Key *best) const {
     Key mine = 0;
     int at = -1;
@@ -100,13 +104,16 @@ template <typename Key> struct WarpFill {
     int heaviest = pick([&](int r) { return a.kind[r] == kHeavy ? Key(a.rankLoad[r]) : Key(0); }, &best);
     if (heaviest < 0 || Key(a.largest[heaviest]) >= want) return heaviest;
     int covering = pick(
-        [&](int r) { return a.kind[r] == kHeavy && Key(a.largest[r]) >= want ? Key(a.rankLoad[r]) : Key(0); }, &best);
+        [&](int r) { return a.kind[r] == kHeavy && Key(a.largest[r]) >= want ? Key(a.rankLoad[r]) : Key(0); },
+        &best);
     if (covering >= 0) return covering;
     // No expert covers: the rank with the largest one, the heavier of equals.
     Key biggest;
     pick([&](int r) { return a.kind[r] == kHeavy ? Key(a.largest[r]) : Key(0); }, &biggest);
     return pick(
-        [&](int r) { return a.kind[r] == kHeavy && Key(a.largest[r]) == biggest ? Key(a.rankLoad[r]) : Key(0); },
+        [&](int r) {
+          return a.kind[r] == kHeavy && Key(a.largest[r]) == biggest ? Key(a.rankLoad[r]) : Key(0);
+        },
         &best);
   }
 
@@ -249,7 +256,8 @@ struct PlanShared {
 
 // search_target of balancer/search.c: every domain by a warp; the block has the result in shared.all.
 template <typename Key>
-__device__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared, int64_t target) {
+__device__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
+                           int64_t target) {
   int warp = threadIdx.x / kWarp, nWarps = min(int(blockDim.x / kWarp), kMaxDomainWarps);
   Outcome mine = {0, target, 0};
   if (warp < nWarps) {
@@ -272,7 +280,8 @@ __device__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanSh
   __syncthreads();
 }
 
-// Expert copies over the busiest link; see balancer/search.c. By thread 0: the gate runs seldom and matrices are small.
+// Expert copies over the busiest link; see balancer/search.c. By thread 0: the gate runs seldom and matrices
+// are small.
 __device__ inline int64_t planBusiestLink(const kernelPlanner_t &p, const PlanArrays &a) {
   int32_t *sent = a.scratch, *sends = a.scratch + p.nExperts;
   int perRank = p.nExperts / p.nRanks;
@@ -298,7 +307,8 @@ __device__ inline int64_t planTolerated(const kernelPlanner_t &p, int64_t total)
 }
 
 // planner_search of balancer/search.c.
-template <typename Key> __device__ void planSearch(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared) {
+template <typename Key>
+__device__ void planSearch(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared) {
   int64_t lowest = max(planTolerated(p, shared.total), shared.meanBound), before = shared.before;
   int64_t bestTarget = lowest;
   if (p.copyPs != 0) {
@@ -343,7 +353,8 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
       if (groups == 1)
         a.expertLoad[e] = sum;
       else if (sum != 0)
-        atomicAdd(reinterpret_cast<unsigned long long *>(&a.expertLoad[e]), static_cast<unsigned long long>(sum));
+        atomicAdd(reinterpret_cast<unsigned long long *>(&a.expertLoad[e]),
+                  static_cast<unsigned long long>(sum));
     }
   }
   __syncthreads();
@@ -376,8 +387,8 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
   __syncthreads();
 }
 
-// The whole plan by one block: afterwards a.slotExpert (ascending on each rank), a.slotQuota, a.slotCount, a.rem (the
-// masters' quotas), a.rankLoad and shared.all are set.
+// The whole plan by one block: afterwards a.slotExpert (ascending on each rank), a.slotQuota, a.slotCount,
+// a.rem (the masters' quotas), a.rankLoad and shared.all are set.
 __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
                                  const int32_t *loads) {
   planSumLoads(p, a, shared, loads);

@@ -1,11 +1,14 @@
 // Route: count -> publish -> plan -> places, in one kernel without the host.
 //
 //   count    every block counts its tokens' experts; rows of counts per block, then a barrier of the grid
-//   publish  the sum over blocks is this rank's row of the load matrix: stored in every rank's window, then a flag
-//   plan     when all rows are in, every block plans for itself in shared memory: same input, same plan, no broadcast
-//   places   each (token, k) gets its rank and row, by its position among the rank's assignments of its expert
+//   publish  the sum over blocks is this rank's row of the load matrix: stored in every rank's window, then a
+//   flag plan     when all rows are in, every block plans for itself in shared memory: same input, same plan,
+//   no broadcast places   each (token, k) gets its rank and row, by its position among the rank's assignments
+//   of its expert
 //
-// A warp looks at whole tokens, as many at a time as fit its lanes, so one token's assignments meet by shuffles.
+// A warp looks at whole tokens, as many at a time as fit its lanes, so one token's assignments meet by
+// shuffles.
+#include "load.cuh"
 #include "planner.cuh"
 #include "signal.cuh"
 
@@ -26,20 +29,21 @@ struct Piece {
 
 struct RouteShared {
   PlanArrays plan;
-  int32_t *masterRow; // [E] first row of the master's segment on its rank
-  int32_t *slotRow;   // [R*S]
+  int32_t *masterRow;  // [E] first row of the master's segment on its rank
+  int32_t *slotRow;    // [R*S]
   int32_t *firstPiece; // [E]
   Piece *pieces;       // [E + 2*R*S]: one each for experts without replicas, then runs for the others
   uint32_t *counts;    // [nWarps][E]
   int nWarps;
 
   __host__ __device__ static size_t fixedBytes(int64_t nRanks, int64_t nExperts, int64_t nSlots) {
-    return PlanArrays::bytes(nRanks, nExperts, nSlots) +
-           4 * size_t(2 * nExperts + nRanks * nSlots) + sizeof(Piece) * size_t(nExperts + 2 * nRanks * nSlots) + 16;
+    return PlanArrays::bytes(nRanks, nExperts, nSlots) + 4 * size_t(2 * nExperts + nRanks * nSlots) +
+           sizeof(Piece) * size_t(nExperts + 2 * nRanks * nSlots) + 16;
   }
   __device__ void carve(char *base, int64_t nRanks, int64_t nExperts, int64_t nSlots, int warps) {
     plan.carve(base, nRanks, nExperts, nSlots);
-    masterRow = reinterpret_cast<int32_t *>(base + (PlanArrays::bytes(nRanks, nExperts, nSlots) + 15) / 16 * 16);
+    masterRow =
+        reinterpret_cast<int32_t *>(base + (PlanArrays::bytes(nRanks, nExperts, nSlots) + 15) / 16 * 16);
     slotRow = masterRow + nExperts;
     firstPiece = slotRow + nRanks * nSlots;
     pieces = reinterpret_cast<Piece *>(firstPiece + nExperts);
@@ -48,7 +52,8 @@ struct RouteShared {
   }
 };
 
-// The part of the tokens that one warp counts, and later places, in steps of as many tokens as its lanes hold.
+// The part of the tokens that one warp counts, and later places, in steps of as many tokens as its lanes
+// hold.
 struct WarpTokens {
   int from, to, perStep, topK, lane;
   __device__ WarpTokens(const kernelGroup_t &g, int nTokens, int nWarps) {
@@ -68,7 +73,8 @@ struct WarpTokens {
   }
 };
 
-__device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const int32_t *topkIdx, int nTokens) {
+__device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const int32_t *topkIdx,
+                           int nTokens) {
   int nExperts = g.planner.nExperts, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x; i < s.nWarps * nExperts; i += blockDim.x) s.counts[i] = 0;
   __syncthreads();
@@ -97,8 +103,8 @@ __device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const i
   }
 }
 
-// Stores this rank's row of the load matrix in the windows of every gridDim.x-th rank and raises the flags; on the way
-// makes the warps' positions count from the start of the rank's assignments.
+// Stores this rank's row of the load matrix in the windows of every gridDim.x-th rank and raises the flags;
+// on the way makes the warps' positions count from the start of the rank's assignments.
 __device__ void routePublish(const kernelGroup_t &g, const RouteShared &s, uint32_t call) {
   int nExperts = g.planner.nExperts, nRanks = g.planner.nRanks, nBlocks = gridDim.x;
   int64_t row = (int64_t(call & 1) * nRanks + g.rank) * nExperts;
@@ -116,7 +122,8 @@ __device__ void routePublish(const kernelGroup_t &g, const RouteShared &s, uint3
   uint32_t bad = *reinterpret_cast<volatile uint32_t *>(&g.state->badEntry);
   for (int i = threadIdx.x; int(blockIdx.x) + i * nBlocks < nRanks; i += blockDim.x) {
     __threadfence_system();
-    storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, KERNEL_FLAG_ROUTE, g.rank), uint64_t(bad) << 32 | call);
+    storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, KERNEL_FLAG_ROUTE, g.rank),
+                       uint64_t(bad) << 32 | call);
   }
 }
 
@@ -150,8 +157,8 @@ __device__ int routeSegments(const kernelGroup_t &g, const RouteShared &s, int64
   return overfull;
 }
 
-// One replicated expert's runs for this rank, as balancer/decompose.c lays them out: first the rank's own instance,
-// then the overlap of the rank's stretch of the line with each instance's. By one thread.
+// One replicated expert's runs for this rank, as balancer/decompose.c lays them out: first the rank's own
+// instance, then the overlap of the rank's stretch of the line with each instance's. By one thread.
 struct RouteExpert {
   const kernelGroup_t &g;
   const RouteShared &s;
@@ -193,7 +200,8 @@ struct RouteExpert {
     return n;
   }
 
-  // Rows that lower source ranks have in the instance on `wanted`, for a run that is at the start of this rank's.
+  // Rows that lower source ranks have in the instance on `wanted`, for a run that is at the start of this
+  // rank's.
   __device__ int32_t rowsBefore(int wanted, int64_t lineStart) const {
     int64_t at = 0, before = 0;
     instances([&](int rank, int64_t quota, int32_t) {
@@ -293,7 +301,8 @@ __device__ void routeReport(const kernelGroup_t &g, const kernelRoute_t &route, 
   if (status.code == kSuccess) {
     for (int i = threadIdx.x; i < g.nSegments; i += blockDim.x) {
       int slot = g.rank * p.nSlots + i - perRank, e = g.rank * perRank + i;
-      bool master = i < perRank, used = master || (i - perRank < p.nSlots && i - perRank < s.plan.slotCount[g.rank]);
+      bool master = i < perRank,
+           used = master || (i - perRank < p.nSlots && i - perRank < s.plan.slotCount[g.rank]);
       route.expert[i] = master ? e : used ? s.plan.slotExpert[slot] : -1;
       route.firstRow[i] = master ? s.masterRow[e] : used ? s.slotRow[slot] : s.plan.largest[g.rank];
       route.rows[i] = master ? s.plan.rem[e] : used ? s.plan.slotQuota[slot] : 0;
@@ -305,7 +314,8 @@ __device__ void routeReport(const kernelGroup_t &g, const kernelRoute_t &route, 
 
 __global__ void __launch_bounds__(kRouteThreads, 1)
     routeKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
-                const int32_t *__restrict__ topkIdx, const float *__restrict__ topkWeights, int nTokens, int nWarps) {
+                const int32_t *__restrict__ topkIdx, const float *__restrict__ topkWeights, int nTokens,
+                int nWarps) {
   extern __shared__ __align__(16) char memory[];
   __shared__ PlanShared shared;
   const kernelPlanner_t &p = g.planner;
@@ -330,7 +340,8 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
       int overfull = routeSegments(g, s, &needed);
       if (overfull >= 0) status = {kCapacityExceeded, overfull, needed};
     } else {
-      status = {*reinterpret_cast<volatile uint32_t *>(&g.state->badEntry) ? kInvalidArgument : kRemoteError, bad, 0};
+      status = {*reinterpret_cast<volatile uint32_t *>(&g.state->badEntry) ? kInvalidArgument : kRemoteError,
+                bad, 0};
     }
     if (status.code == kSuccess) {
       routePieces(g, s, loads);
@@ -346,12 +357,16 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   }
 }
 
+cudaError_t loadRouteKernels() {
+  return loadKernels({kernelAddress(routeKernel)});
+}
+
 } // namespace ultraep
 
 size_t kernelRouteSharedBytes(const kernelPlanner_t *p) {
   // One counting warp, and room for what kernels declare statically.
-  return ultraep::RouteShared::fixedBytes(p->nRanks, p->nExperts, p->nSlots) + 16 + sizeof(uint32_t) * p->nExperts +
-         ultraep::kStaticShared;
+  return ultraep::RouteShared::fixedBytes(p->nRanks, p->nExperts, p->nSlots) + 16 +
+         sizeof(uint32_t) * p->nExperts + ultraep::kStaticShared;
 }
 
 int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const int32_t *topkIdx,
@@ -360,10 +375,12 @@ int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
   const kernelPlanner_t &p = group->planner;
   int device, limit;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   // As many counting warps as shared memory holds; a block for every few tokens, up to the group's limit.
-  size_t fixed = RouteShared::fixedBytes(p.nRanks, p.nExperts, p.nSlots) + 16, perWarp = sizeof(uint32_t) * p.nExperts;
+  size_t fixed = RouteShared::fixedBytes(p.nRanks, p.nExperts, p.nSlots) + 16,
+         perWarp = sizeof(uint32_t) * p.nExperts;
   if (kernelRouteSharedBytes(&p) > size_t(limit)) return cudaErrorInvalidConfiguration;
   int nWarps = int(std::min<size_t>(kRouteWarps, (size_t(limit) - kStaticShared - fixed) / perWarp));
   int perStep = kWarp / group->topK, wanted = (nTokens + nWarps * perStep - 1) / (nWarps * perStep);
@@ -371,6 +388,7 @@ int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
   size_t bytes = fixed + perWarp * nWarps;
   error = cudaFuncSetAttribute(routeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return error;
-  routeKernel<<<nBlocks, kRouteThreads, bytes, stream>>>(*group, *route, topkIdx, topkWeights, nTokens, nWarps);
+  routeKernel<<<nBlocks, kRouteThreads, bytes, stream>>>(*group, *route, topkIdx, topkWeights, nTokens,
+                                                         nWarps);
   return cudaGetLastError();
 }

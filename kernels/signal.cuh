@@ -1,7 +1,8 @@
 // How blocks and ranks meet: flags in windows, barriers of one kernel's blocks, bounded waits, failures.
 //
-// Calls are counted in device memory (kernelState_t), so a replayed CUDA graph waits for new flags, not old ones. A wait
-// ends with the flag, with the group's failure, or with the timeout; afterwards the kernel leaves by its normal path.
+// Calls are counted in device memory (kernelState_t), so a replayed CUDA graph waits for new flags, not old
+// ones. A wait ends with the flag, with the group's failure, or with the timeout; afterwards the kernel
+// leaves by its normal path.
 #ifndef ULTRAEP_SIGNAL_CUH_
 #define ULTRAEP_SIGNAL_CUH_
 
@@ -83,7 +84,8 @@ __device__ inline bool waitIsOver(const kernelGroup_t &g, uint64_t start, int32_
 
 constexpr int kPollsBetweenLooks = 1024;
 
-// Waits until `flag` has counted `call`; false when the group failed instead. The flag's high half goes to *word.
+// Waits until `flag` has counted `call`; false when the group failed instead. The flag's high half goes to
+// *word.
 __device__ inline bool waitFlag(const kernelGroup_t &g, const uint64_t *flag, uint32_t call, int32_t phase,
                                 int32_t rank, uint32_t *word) {
   uint64_t start = nowNs();
@@ -97,8 +99,8 @@ __device__ inline bool waitFlag(const kernelGroup_t &g, const uint64_t *flag, ui
   }
 }
 
-// All threads of all blocks have done what they do before, when any goes on. False when the group failed. Every thread
-// of the block calls it; `at` numbers the barriers of one kernel.
+// All threads of all blocks have done what they do before, when any goes on. False when the group failed.
+// Every thread of the block calls it; `at` numbers the barriers of one kernel.
 __device__ inline bool gridBarrier(const kernelGroup_t &g, int at, int32_t phase) {
   __shared__ bool passed;
   __syncthreads();
@@ -138,8 +140,8 @@ __device__ inline void resetState(const kernelGroup_t &g, uint32_t *calls, uint3
   *calls = call;
 }
 
-// Raises a flag at every rank. Threads of one block; everything the block (or, after lastBlockOut, the grid) wrote
-// before is visible to who sees the flag.
+// Raises a flag at every rank. Threads of one block; everything the block (or, after lastBlockOut, the grid)
+// wrote before is visible to who sees the flag.
 __device__ inline void raiseFlags(const kernelGroup_t &g, int kind, uint32_t call, uint32_t word) {
   __syncthreads();
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) {
@@ -148,10 +150,10 @@ __device__ inline void raiseFlags(const kernelGroup_t &g, int kind, uint32_t cal
   }
 }
 
-// Waits for every rank's flag, a thread for each rank; false in every thread when the group failed. Words that differ
-// from `expected` are told by *differs (the lowest rank, else -1).
-__device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call, int32_t phase, uint32_t expected,
-                                 int *differs) {
+// Waits for every rank's flag, a thread for each rank; false in every thread when the group failed. Words
+// that differ from `expected` are told by *differs (the lowest rank, else -1).
+__device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call, int32_t phase,
+                                 uint32_t expected, int *differs) {
   __shared__ int failures, different;
   if (threadIdx.x == 0) {
     failures = 0;

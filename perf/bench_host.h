@@ -53,7 +53,7 @@ struct benchRun {
   enum { BENCH_GATE_CLOSED, BENCH_GATE_OPEN, BENCH_GATE_CANCELLED } gate;
   pthread_barrier_t barrier;
   atomic_bool failed;
-  bool stopping; /* written by one thread between two barriers */
+  bool stopping; /* written by rank 0 between two barriers */
   perfError_t error;
 };
 

@@ -20,10 +20,10 @@ static int bench_rank_fail(benchRank_t *rank, const char *what, ultraepResult_t 
 }
 
 /* Waits for all ranks. False where one has failed: then all ranks get false from the same call. */
-static bool bench_rank_sync(benchRun_t *run) {
-  if (pthread_barrier_wait(&run->barrier) == PTHREAD_BARRIER_SERIAL_THREAD) {
-    run->stopping = atomic_load(&run->failed);
-  }
+static bool bench_rank_sync(const benchRank_t *rank) {
+  benchRun_t *run = rank->run;
+  pthread_barrier_wait(&run->barrier);
+  if (rank->rank == 0) run->stopping = atomic_load(&run->failed);
   pthread_barrier_wait(&run->barrier);
   return !run->stopping;
 }
@@ -99,13 +99,13 @@ static bool bench_phase_run(benchRank_t *rank, benchPhase_t phase, int32_t itera
   static int (*const phases[BENCH_PHASES])(benchRank_t *) = {
       bench_route_run, bench_weights_run, bench_dispatch_run, bench_combine_run, bench_copy_run};
   benchRun_t *run = rank->run;
-  if (!bench_rank_sync(run)) return false;
+  if (!bench_rank_sync(rank)) return false;
   rank->start = perfSeconds();
   for (int32_t i = 0; i < run->options->aggIters; i++) {
     if (phases[phase](rank) != 0) break;
   }
   rank->end = perfSeconds();
-  if (!bench_rank_sync(run)) return false;
+  if (!bench_rank_sync(rank)) return false;
   if (rank->rank == 0 && iteration >= 0) bench_phase_keep(run, phase, iteration);
   return true;
 }
@@ -219,7 +219,7 @@ static bool bench_iteration_run(benchRank_t *rank, int32_t iteration) {
   if (!bench_phase_run(rank, BENCH_DISPATCH, iteration)) return false;
   if (check) {
     int64_t wrong = bench_rows_check(rank);
-    if (!bench_rank_sync(run)) return false;
+    if (!bench_rank_sync(rank)) return false;
     wrong += verifyTaken(&run->verify, rank->rank);
     rank->wrong += wrong;
     /* Segments that are out of place must not be written to. */
@@ -332,12 +332,12 @@ void *benchRankMain(void *argument) {
   benchRun_t *run = rank->run;
   if (!bench_gate_pass(run)) return NULL;
   bool on = bench_own_memory_allocate(rank) == 0 && bench_group_open(rank) == 0;
-  on = bench_rank_sync(run) && on;
+  on = bench_rank_sync(rank) && on;
   for (int32_t i = -run->options->warmupIters; on && i < run->options->iters; i++)
     on = bench_iteration_run(rank, i);
   if (on) bench_results_read(rank);
   /* No rank leaves while another may still need it. */
-  bench_rank_sync(run);
+  bench_rank_sync(rank);
   if (rank->route != NULL) ultraepRouteDestroy(rank->route);
   ultraepGroupDestroy(rank->group);
   return NULL;

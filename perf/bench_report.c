@@ -158,10 +158,10 @@ static int bench_json_finish(benchReport_t *report, double busBandwidth, perfErr
 
 void benchReportProgress(benchReport_t *report, const workload_t *workload, bool balance) {
   double elapsed = perfSeconds() - report->started;
+  int64_t lines = report->sums[0].lines + report->sums[1].lines;
   if (!report->terminal || elapsed < 1) return;
-  fprintf(stderr, "\r\033[K%lld done in %.0f s, now %s, %d tokens a rank, balance %d",
-          (long long)(report->sums[0].lines + report->sums[1].lines), elapsed, workload->label,
-          workload->nominalTokens, balance);
+  fprintf(stderr, "\r\033[K%lld done in %.0f s, now %s, %d tokens a rank, balance %d", (long long)lines,
+          elapsed, workload->label, workload->nominalTokens, balance);
   report->progress = true;
 }
 

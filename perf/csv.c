@@ -15,14 +15,14 @@ void csvInit(csv_t *csv, FILE *stream, const char *name) {
   csv->bufferUsed = csv->bufferNext = 0;
 }
 
-int csvError(const csv_t *csv, perfError_t *error, const char *format, ...) {
+void csvErrorFormat(const csv_t *csv, perfError_t *error, const char *format, ...) {
   char text[256];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  return perfErrorSet(error, "%s:%lld:%lld: %s", csv->name, (long long)csv->cellLine,
-                      (long long)csv->cellColumn, text);
+  perfErrorFormat(error, "%s:%lld:%lld: %s", csv->name, (long long)csv->cellLine, (long long)csv->cellColumn,
+                  text);
 }
 
 static int csv_stream_check(const csv_t *csv, perfError_t *error) {

@@ -29,8 +29,9 @@ int csvCell(csv_t *csv, perfError_t *error);
 int csvNextLine(csv_t *csv, perfError_t *error);
 /* Reads one cell as a whole number in [min, max]. */
 int csvNumber(csv_t *csv, const char *what, int64_t min, int64_t max, int64_t *value, perfError_t *error);
-/* A message that starts with name:line:column of the last cell; returns -1. */
-int csvError(const csv_t *csv, perfError_t *error, const char *format, ...)
+void csvErrorFormat(const csv_t *csv, perfError_t *error, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+/* Sets a message that starts with name:line:column of the last cell, and is -1. */
+#define csvError(csv, error, ...) (csvErrorFormat((csv), (error), __VA_ARGS__), perfFailed())
 
 #endif

@@ -9,12 +9,11 @@
 #include <string.h>
 #include <time.h>
 
-int perfErrorSet(perfError_t *error, const char *format, ...) {
+void perfErrorFormat(perfError_t *error, const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(error->text, sizeof(error->text), format, arguments);
   va_end(arguments);
-  return -1;
 }
 
 int optionInt(const char *what, const char *text, int64_t min, int64_t max, int64_t *value,

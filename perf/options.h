@@ -14,8 +14,13 @@ typedef struct {
   char text[512];
 } perfError_t;
 
-/* Sets the message and returns -1, so that a function can end with it. */
-int perfErrorSet(perfError_t *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void perfErrorFormat(perfError_t *error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static inline int perfFailed(void) {
+  return -1;
+}
+/* Sets the message and is -1, so that a function can end with it. A macro, so that static analysis sees the
+ * -1. */
+#define perfErrorSet(error, ...) (perfErrorFormat((error), __VA_ARGS__), perfFailed())
 
 /* Numbers in decimal, the whole text, within [min, max]: 0, or -1 and a message that names `what`. */
 int optionInt(const char *what, const char *text, int64_t min, int64_t max, int64_t *value,

@@ -144,7 +144,7 @@ static int plan_records_run(planSource_t *source, planWork_t *work, planReport_t
                             const planOptions_t *options, perfError_t *error) {
   for (;;) {
     planFigures_t figures = {0};
-    ultraepPlan_t plan;
+    ultraepPlan_t plan = {0};
     int more = plan_source_next(source, options, &figures, error);
     if (more < 0) return -1;
     if (more == 0) break;

@@ -75,7 +75,7 @@ static const struct argp_option planOptionTable[] = {
 static int plan_cost_parse(const char *text, planOptions_t *options, perfError_t *error) {
   char copy[128];
   if (strlen(text) >= sizeof(copy)) return perfErrorSet(error, "--cost: too long");
-  strcpy(copy, text);
+  memcpy(copy, text, strlen(text) + 1);
   char *copyText = strchr(copy, ',');
   if (copyText == NULL) return perfErrorSet(error, "--cost: '%s' is not ROW_NS,COPY_US[,relay]", text);
   *copyText++ = '\0';

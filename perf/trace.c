@@ -20,7 +20,7 @@ struct loadTrace {
   bool rowWaiting;  /* label and firstCount are those of the next record's first row */
   int64_t label[TRACE_LABELS];
   int64_t labelLine;
-  int64_t *waiting; /* [E] counts of that row */
+  int64_t *waiting; /* [ULTRAEP_MAX_EXPERTS] counts of that row, E used */
 };
 
 static const char *const traceLabelNames[TRACE_LABELS] = {"step", "layer", "microbatch", "src"};
@@ -181,7 +181,7 @@ int loadTraceOpenStream(loadTrace_t **trace, FILE *stream, const char *name, per
   }
   opened->csv.name = opened->name;
   if (load_trace_header_read(opened, error) != 0) goto close_trace;
-  opened->waiting = calloc((size_t)opened->nExperts, sizeof(opened->waiting[0]));
+  opened->waiting = calloc(ULTRAEP_MAX_EXPERTS, sizeof(opened->waiting[0]));
   if (opened->waiting == NULL) {
     perfErrorSet(error, "%s: no memory for %d experts", name, opened->nExperts);
     goto close_trace;
@@ -316,7 +316,7 @@ int routingTraceReadStream(routingTrace_t *trace, FILE *stream, const char *name
     }
     if (read.nTokens == room) {
       room = room == 0 ? 64 : 2 * room;
-      int32_t *experts = realloc(read.experts, (size_t)room * (size_t)read.topK * sizeof(experts[0]));
+      int32_t *experts = reallocarray(read.experts, (size_t)room, (size_t)read.topK * sizeof(experts[0]));
       if (experts == NULL) {
         perfErrorSet(error, "%s: no memory for %d tokens", name, room);
         goto close_stream;

@@ -15,8 +15,6 @@ void verifyDestroy(verify_t *verify) {
   pthread_mutex_destroy(&verify->lock);
 }
 
-static void verifyFault(verify_t *verify, const char *format, ...) __attribute__((format(printf, 2, 3)));
-
 void verifyFault(verify_t *verify, const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);

@@ -40,7 +40,7 @@ static int workload_rank_allocate(workload_t *workload, int32_t rank, int64_t to
                         (long long)tokens, rank, WORKLOAD_MAX_TOKENS);
   }
   size_t entries = (size_t)tokens * (size_t)workload->topK;
-  int32_t *topk = malloc((entries == 0 ? 1 : entries) * sizeof(topk[0]));
+  int32_t *topk = calloc(entries == 0 ? 1 : entries, sizeof(topk[0]));
   if (topk == NULL) return perfErrorSet(error, "no memory for %lld tokens", (long long)tokens);
   for (size_t i = 0; i < entries; i++) topk[i] = -1;
   workload->topk[rank] = topk;

@@ -68,7 +68,8 @@ uint64_t perfRandomBelow(perfRandom_t *random, uint64_t bound) {
 static void zipf_weights_fill(const zipf_t *zipf, double exponent, double *weights) {
   int32_t perRank = zipf->nExperts / zipf->nRanks;
   for (int32_t e = 0; e < zipf->nExperts; e++) {
-    weights[e] = pow(e / perRank + 1, -exponent) * pow(e % perRank + 1, -ZIPF_LOCAL_EXPONENT);
+    int32_t rank = e / perRank, local = e % perRank;
+    weights[e] = pow(rank + 1, -exponent) * pow(local + 1, -ZIPF_LOCAL_EXPONENT);
   }
 }
 
@@ -152,7 +153,7 @@ void zipfToken(zipf_t *zipf, perfRandom_t *random, int32_t *experts) {
 }
 
 void zipfLoads(zipf_t *zipf, uint64_t seed, uint64_t record, int32_t tokens, int32_t *loads) {
-  int32_t experts[ULTRAEP_MAX_TOPK];
+  int32_t experts[ULTRAEP_MAX_TOPK] = {0};
   memset(loads, 0, (size_t)zipf->nRanks * (size_t)zipf->nExperts * sizeof(loads[0]));
   for (int32_t rank = 0; rank < zipf->nRanks; rank++) {
     perfRandom_t random;

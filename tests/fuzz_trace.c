@@ -5,6 +5,7 @@
 #include "ultraep_balancer.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* Maps a record and makes tokens of it, where it is small enough to be quick. */
 static void record_use(const loadRecord_t *record, int32_t nRanks) {
@@ -39,13 +40,14 @@ static void routing_trace_use(FILE *stream, int32_t nRanks) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (size < 2) return 0;
-  FILE *stream = fmemopen((void *)(uintptr_t)(data + 1), size - 1, "rb");
-  if (stream == NULL) return 0;
+  /* A copy, as fmemopen takes no pointer to const. */
+  uint8_t *text = malloc(size - 1);
+  if (text == NULL) return 0;
+  memcpy(text, data + 1, size - 1);
+  FILE *stream = fmemopen(text, size - 1, "rb");
   int32_t nRanks = 1 + (data[0] >> 1) % 16;
-  if (data[0] & 1) {
-    load_trace_use(stream, nRanks);
-  } else {
-    routing_trace_use(stream, nRanks);
-  }
+  if (stream != NULL && (data[0] & 1) != 0) load_trace_use(stream, nRanks);
+  if (stream != NULL && (data[0] & 1) == 0) routing_trace_use(stream, nRanks);
+  free(text);
   return 0;
 }

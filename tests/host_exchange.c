@@ -245,12 +245,12 @@ static void test_tiny(void **state) {
 
 static void test_small(void **state) {
   (void)state;
-  exchange_random(2, 40, 24);
+  exchange_random(2, 30, 24);
 }
 
 static void test_large(void **state) {
   (void)state;
-  exchange_random(3, 8, 200);
+  exchange_random(3, 5, 200);
 }
 
 int main(void) {

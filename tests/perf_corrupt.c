@@ -1,6 +1,6 @@
-/* Makes ultraep_perf's library wrong: linked into a second ultraep_perf, these calls stand in for the library's, call
- * them, and then damage one byte. PERF_CORRUPT names what: dispatch, combine, weights, or error: rank 1's combine
- * fails. */
+/* Makes ultraep_perf's library wrong: linked into a second ultraep_perf, these calls stand in for the
+ * library's, call them, and then damage one byte. PERF_CORRUPT names what: dispatch, combine, weights, or
+ * error: rank 1's combine fails. */
 #include "ultraep.h"
 
 #include <dlfcn.h>
@@ -32,7 +32,8 @@ static int64_t corrupt_row(ultraepRoute_t route) {
 
 __attribute__((visibility("default"))) ultraepResult_t ultraepAllToAll(const void *sendbuff, void *recvbuff,
                                                                        ultraepDirection_t direction,
-                                                                       ultraepRoute_t route, cudaStream_t stream) {
+                                                                       ultraepRoute_t route,
+                                                                       cudaStream_t stream) {
   ultraepResult_t (*next)(const void *, void *, ultraepDirection_t, ultraepRoute_t, cudaStream_t);
   *(void **)&next = corrupt_next("ultraepAllToAll");
   if (direction == ULTRAEP_COMBINE && corrupt_wanted("error")) {

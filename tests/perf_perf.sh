@@ -66,7 +66,9 @@ runs 2 -t 4 --routing r.csv --tokens 20 --experts 8 --combine partial
 
 # JSON, well-formed enough to hold what the table says.
 status 0 "$perf" -n 2 --hidden 256 "${small[@]}" -J o.json
-grep -q '"nwrong": 0' o.json && grep -q '"okay": true' o.json && grep -q '"dispatch"' o.json || fail "-J"
+for text in '"nwrong": 0' '"okay": true' '"dispatch"' '"average_bus_bandwidth"'; do
+  grep -q "$text" o.json || fail "-J without $text"
+done
 
 # A library that damages one byte is found out, in numbers, words and exit status; undamaged, the same program passes.
 status 0 "$corrupt" -n 2 --hidden 256 "${small[@]}"

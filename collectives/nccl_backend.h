@@ -1,0 +1,104 @@
+/* The NCCL backend: ranks are GPUs of one domain, windows are symmetric memory that kernels read and write.
+ *
+ *   nccl_symbols.c   NCCL's functions, found at run time
+ *   nccl_group.c     create, agree, status, abort, destroy
+ *   nccl_memory.c    symmetric regions
+ *   nccl_exchange.c  routes, dispatch, combine: parameters for the kernels
+ *
+ * Several ranks may be threads of one process on one GPU. Then a call that waits for the whole device can
+ * wait for a peer's kernel that waits for this rank; so nothing here synchronises the device, memory is
+ * stream-ordered, and pinned memory and kernels are had before the first meeting of the ranks.
+ *
+ * The kernels do all waiting on peers. They tell a failure through host memory mapped to the device
+ * (kernelFailure_t), so that no call here waits to learn of it. */
+#ifndef ULTRAEP_NCCL_BACKEND_H_
+#define ULTRAEP_NCCL_BACKEND_H_
+
+#include "error.h"
+#include "group.h"
+#include "kernels.h"
+#include "nccl_symbols.h"
+
+#include <cuda_runtime_api.h>
+
+/* Symmetric memory of one region, as NCCL knows it. */
+typedef struct {
+  void *base;
+  ncclWindow_t window;
+  char **peers;       /* [R] on the host */
+  char **devicePeers; /* [R] on the device */
+} ncclRegion_t;
+
+/* The NCCL part of a group. */
+typedef struct {
+  const ncclSymbols_t *nccl;
+  ncclComm_t comm;
+  int rank, nRanks, device;
+  cudaStream_t stream; /* for what is not on a caller's stream: agreement, aborts */
+  ncclRegion_t window;
+  size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
+  kernelGroup_t kernel;
+  cudaEvent_t work; /* after the last call that was enqueued outside a capture */
+  void *pinned;     /* mapped: the failure, then the status of each route */
+  kernelFailure_t *failure;
+  kernelRouteStatus_t *statuses, *deviceStatuses; /* [maxRoutes], and as mapped */
+  char *agreeBuffer;                              /* device: (R + 1) messages */
+  void *deviceBlock;                              /* state, chunk counts */
+  ncclRegion_t *regions;                          /* [nRegions] */
+  int nRegions;
+} ncclRank_t;
+
+/* The NCCL part of a route. */
+typedef struct {
+  kernelRoute_t kernel;
+  void *deviceBlock;
+  kernelRouteStatus_t *status; /* in the group's pinned memory */
+  int32_t nUpdates;            /* enqueued; a status of an older update says nothing of this one */
+  bool hasWeights;
+  int32_t *hostLoads; /* for ultraepRoutePlan */
+  void *planWorkspace;
+  size_t planBytes;
+} ncclRoute_t;
+
+static inline ncclRank_t *nccl_rank(ultraepGroup_t group) {
+  return group->impl;
+}
+
+/* Records a CUDA or NCCL error. */
+ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what);
+ultraepResult_t nccl_nccl_error(const ncclRank_t *self, int result, const char *what);
+
+/* Stream-ordered memory, ready for use on any stream when the call returns; null on failure, which is
+ * recorded. */
+void *nccl_device_alloc(ncclRank_t *self, size_t bytes, const char *what);
+void nccl_device_free(ncclRank_t *self, void *ptr);
+/* Remembers that work was enqueued; waits for all that was. */
+void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream);
+cudaError_t nccl_work_wait(ncclRank_t *self);
+
+/* Collective: gives every rank's message (bytes <= NCCL_AGREE_BYTES) to all, in order of rank; messages holds
+ * R * bytes. Waits at most the group's timeout. */
+#define NCCL_AGREE_BYTES 512
+ultraepResult_t nccl_agree(ultraepGroup_t group, const void *mine, void *messages, size_t bytes,
+                           const char *phase);
+
+/* Collective: allocates (ptr null) or takes memory, registers it and finds the peers' pointers. `zero` clears
+ * it before any peer can reach it. */
+ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, bool zero,
+                                 ncclRegion_t *region);
+void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned);
+
+ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, size_t bytes);
+ultraepResult_t nccl_mem_destroy(ultraepGroup_t group, int number);
+
+ultraepResult_t nccl_route_create(ultraepRoute_t route);
+void nccl_route_destroy(ultraepRoute_t route);
+ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
+                                  int nTokens, cudaStream_t stream);
+ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan);
+/* How the route's last update came out, as far as it is known without waiting. */
+ultraepResult_t nccl_route_check(ultraepRoute_t route);
+ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream);
+ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream);
+
+#endif

@@ -1,0 +1,222 @@
+/* Routes, dispatch and combine on GPUs: device memory of routes, and parameters for the kernels. */
+#include "nccl_backend.h"
+
+#include "arena.h"
+#include "config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- routes ---- */
+
+static void route_carve(ncclRoute_t *route, const struct ultraepGroup *group, arena_t *arena) {
+  size_t nEntries = (size_t)group->config.maxTokens * (size_t)group->config.topK,
+         nSegments = (size_t)group->nSegments;
+  kernelRoute_t *kernel = &route->kernel;
+  kernel->places = arena_take(arena, nEntries, sizeof(*kernel->places));
+  kernel->weights = arena_take(arena, nEntries, sizeof(*kernel->weights));
+  kernel->loads =
+      arena_take(arena, (size_t)group->nRanks * (size_t)group->config.nExperts, sizeof(*kernel->loads));
+  kernel->expert = arena_take(arena, nSegments, sizeof(*kernel->expert));
+  kernel->firstRow = arena_take(arena, nSegments, sizeof(*kernel->firstRow));
+  kernel->rows = arena_take(arena, nSegments, sizeof(*kernel->rows));
+  kernel->totalRows = arena_take(arena, 1, sizeof(*kernel->totalRows));
+  kernel->status = arena_take(arena, 1, sizeof(*kernel->status));
+}
+
+/* A route that was never updated refuses by its status. */
+static cudaError_t route_clear(ncclRank_t *self, const ncclRoute_t *route) {
+  static const kernelRouteStatus_t none = {.code = ultraepInvalidUsage, .rank = -1};
+  memset(route->status, 0, sizeof(*route->status));
+  cudaError_t error =
+      cudaMemcpyAsync(route->kernel.status, &none, sizeof(none), cudaMemcpyHostToDevice, self->stream);
+  return error == cudaSuccess ? cudaStreamSynchronize(self->stream) : error;
+}
+
+ultraepResult_t nccl_route_create(ultraepRoute_t route) {
+  ultraepGroup_t group = route->group;
+  ncclRank_t *self = nccl_rank(group);
+  arena_t arena = {0};
+  ncclRoute_t *made = calloc(1, sizeof(*made));
+  if (!made) return error_set(ultraepSystemError, "no memory for a route");
+  route_carve(made, group, &arena);
+  size_t bytes = arena.used;
+  made->status = &self->statuses[route->index];
+  made->deviceBlock = nccl_device_alloc(self, bytes, "a route's memory");
+  if (!made->deviceBlock) {
+    free(made);
+    return ultraepUnhandledCudaError;
+  }
+  arena = (arena_t){.base = made->deviceBlock};
+  route_carve(made, group, &arena);
+  made->kernel.hostStatus = &self->deviceStatuses[route->index];
+  cudaError_t error = route_clear(self, made);
+  if (error != cudaSuccess) {
+    nccl_device_free(self, made->deviceBlock);
+    free(made);
+    return nccl_cuda_error(error, "a route's memory");
+  }
+  size_t metaBytes = ((size_t)group->maxRecvRows * sizeof(kernelMeta_t) + 255) / 256 * 256;
+  made->kernel.metaOffset = self->metaOffset + (size_t)route->index * metaBytes;
+  group->privateBytes += (int64_t)bytes;
+  route->impl = made;
+  route->segments = (ultraepSegments_t){.nSegments = group->nSegments,
+                                        .expert = made->kernel.expert,
+                                        .firstRow = made->kernel.firstRow,
+                                        .rows = made->kernel.rows,
+                                        .totalRows = made->kernel.totalRows};
+  return ultraepSuccess;
+}
+
+void nccl_route_destroy(ultraepRoute_t route) {
+  ncclRoute_t *impl = route->impl;
+  arena_t arena = {0};
+  ncclRoute_t measured;
+  route_carve(&measured, route->group, &arena);
+  route->group->privateBytes -= (int64_t)arena.used;
+  (void)nccl_work_wait(nccl_rank(route->group));
+  nccl_device_free(nccl_rank(route->group), impl->deviceBlock);
+  free(impl->hostLoads);
+  free(impl->planWorkspace);
+  free(impl);
+}
+
+ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
+                                  int nTokens, cudaStream_t stream) {
+  ncclRoute_t *impl = route->impl;
+  cudaError_t error = (cudaError_t)kernelRouteLaunch(&nccl_rank(route->group)->kernel, &impl->kernel, topkIdx,
+                                                     topkWeights, nTokens, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "route");
+  nccl_work_enqueued(nccl_rank(route->group), stream);
+  impl->nUpdates++;
+  impl->hasWeights = topkWeights != NULL;
+  route->nTokens = nTokens;
+  route->planned = true;
+  return ultraepSuccess;
+}
+
+ultraepResult_t nccl_route_check(ultraepRoute_t route) {
+  const ncclRoute_t *impl = route->impl;
+  const volatile kernelRouteStatus_t *status = impl->status;
+  /* Graph replays update a route without this side's count; an older update says nothing of the last one. */
+  if (!route->planned || status->nUpdates < impl->nUpdates) return ultraepSuccess;
+  __sync_synchronize();
+  const struct ultraepGroup *group = route->group;
+  switch (status->code) {
+  case ultraepSuccess:
+    return ultraepSuccess;
+  case ultraepCapacityExceeded:
+    return error_set(ultraepCapacityExceeded,
+                     "route %d: rank %d would receive %lld rows with padding, maxRecvRows is %lld",
+                     route->index, status->rank, (long long)status->rows, (long long)group->maxRecvRows);
+  case ultraepInvalidArgument:
+    return error_set(ultraepInvalidArgument,
+                     "route %d: topkIdx holds an entry that is neither -1 nor in 0..%d", route->index,
+                     group->config.nExperts - 1);
+  case ultraepRemoteError:
+    return error_set(ultraepRemoteError, "route %d: rank %d passed an expert that does not exist",
+                     route->index, status->rank);
+  default:
+    return error_set((ultraepResult_t)status->code, "route %d: its update failed", route->index);
+  }
+}
+
+ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan) {
+  ncclRoute_t *impl = route->impl;
+  const struct ultraepGroup *group = route->group;
+  size_t loadBytes = (size_t)group->nRanks * (size_t)group->config.nExperts * sizeof(int32_t);
+  ultraepResult_t result = ultraepPlannerWorkspaceSize(&group->planner, &impl->planBytes);
+  if (result != ultraepSuccess) return result;
+  if (!impl->hostLoads) impl->hostLoads = malloc(loadBytes);
+  if (!impl->planWorkspace) impl->planWorkspace = arena_alloc(impl->planBytes);
+  if (!impl->hostLoads || !impl->planWorkspace)
+    return error_set(ultraepSystemError, "no memory for a plan of %zu bytes", impl->planBytes);
+  ncclRank_t *self = nccl_rank(route->group);
+  cudaError_t error = nccl_work_wait(self);
+  if (error == cudaSuccess)
+    error =
+        cudaMemcpyAsync(impl->hostLoads, impl->kernel.loads, loadBytes, cudaMemcpyDeviceToHost, self->stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "ultraepRoutePlan");
+  result = nccl_route_check(route);
+  if (result != ultraepSuccess) return result;
+  /* The device planner's plan is the host planner's, to the bit. */
+  return ultraepPlannerRun(&group->planner, impl->hostLoads, impl->planWorkspace, impl->planBytes, plan);
+}
+
+/* ---- dispatch, combine ---- */
+
+static char *const *exchange_peers(const ncclRank_t *self, groupPlace_t place) {
+  return place.region < 0 ? NULL : self->regions[place.region].devicePeers;
+}
+
+/* A number that ranks share when they are in the same call with the same places. Never 0. */
+static uint32_t exchange_check(const backendExchange_t *x) {
+  const uint64_t words[] = {(uint64_t)x->direction,
+                            (uint64_t)x->dataType,
+                            (uint64_t)x->route->index,
+                            (uint64_t)x->rows.region,
+                            x->rows.offset,
+                            (uint64_t)x->scales.region,
+                            x->scales.region < 0 ? 0 : x->scales.offset,
+                            (uint64_t)x->weights.region,
+                            x->weights.region < 0 ? 0 : x->weights.offset};
+  uint64_t hash = UINT64_C(0xcbf29ce484222325);
+  for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
+    hash = (hash ^ words[i]) * UINT64_C(0x9e3779b97f4a7c15);
+    hash ^= hash >> 29;
+  }
+  return (uint32_t)hash | 1;
+}
+
+static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
+  const struct ultraepGroup *group = x->route->group;
+  const ncclRank_t *self = nccl_rank(x->route->group);
+  const ncclRoute_t *route = x->route->impl;
+  bool dispatch = x->direction == ULTRAEP_DISPATCH;
+  return (kernelExchange_t){
+      .sendRows = dispatch ? (const char *)x->sendbuff : NULL,
+      .recvRows = dispatch ? NULL : (char *)x->recvbuff,
+      .peerRows = exchange_peers(self, x->rows),
+      .peerRowsOffset = x->rows.offset,
+      .sendScales = (const char *)x->sendScales,
+      .peerScales = exchange_peers(self, x->scales),
+      .peerScalesOffset = x->scales.offset,
+      .peerWeights = exchange_peers(self, x->weights),
+      .peerWeightsOffset = x->weights.offset,
+      .rowBytes = (int32_t)x->rowBytes,
+      .scaleBytes = x->scales.region < 0 ? 0 : group->config.scaleBytes,
+      .nTokens = x->route->nTokens,
+      .dataType = x->dataType,
+      .weighted = x->weighted && route->hasWeights,
+      .once = dispatch ? group->config.dispatchMode == ULTRAEP_DISPATCH_ONCE
+                       : group->config.combineMode == ULTRAEP_COMBINE_PARTIAL,
+      .hasWeights = route->hasWeights,
+      .check = exchange_check(x),
+      .partialsOffset = self->partialsOffset,
+  };
+}
+
+ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream) {
+  ultraepResult_t result = nccl_route_check(exchange->route);
+  if (result != ultraepSuccess) return result;
+  const ncclRoute_t *route = exchange->route->impl;
+  kernelExchange_t kernel = exchange_kernel(exchange);
+  cudaError_t error = (cudaError_t)kernelDispatchLaunch(&nccl_rank(exchange->route->group)->kernel,
+                                                        &route->kernel, &kernel, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "dispatch");
+  nccl_work_enqueued(nccl_rank(exchange->route->group), stream);
+  return ultraepSuccess;
+}
+
+ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream) {
+  ultraepResult_t result = nccl_route_check(exchange->route);
+  if (result != ultraepSuccess) return result;
+  const ncclRoute_t *route = exchange->route->impl;
+  kernelExchange_t kernel = exchange_kernel(exchange);
+  cudaError_t error = (cudaError_t)kernelCombineLaunch(&nccl_rank(exchange->route->group)->kernel,
+                                                       &route->kernel, &kernel, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "combine");
+  nccl_work_enqueued(nccl_rank(exchange->route->group), stream);
+  return ultraepSuccess;
+}

@@ -1,0 +1,366 @@
+/* Groups on an ncclComm_t: create, agree, status, abort, destroy. */
+#include "nccl_backend.h"
+
+#include "config.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define NCCL_DEFAULT_BLOCKS 16 /* SMs a kernel uses unless the config says otherwise */
+
+static const char *const ncclPhases[] = {"", "route", "dispatch", "combine"};
+
+ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what) {
+  return error_set(ultraepUnhandledCudaError, "%s: %s", what, cudaGetErrorString(error));
+}
+
+ultraepResult_t nccl_nccl_error(const ncclRank_t *self, int result, const char *what) {
+  ultraepResult_t code =
+      result > 0 && result <= ultraepTimeout ? (ultraepResult_t)result : ultraepInternalError;
+  return error_set(code, "%s: %s", what, self->nccl->GetErrorString(result));
+}
+
+/* ---- memory and work ---- */
+
+void *nccl_device_alloc(ncclRank_t *self, size_t bytes, const char *what) {
+  void *ptr = NULL;
+  cudaError_t error = cudaMallocAsync(&ptr, bytes, self->stream);
+  if (error == cudaSuccess) error = cudaMemsetAsync(ptr, 0, bytes, self->stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  if (error == cudaSuccess) return ptr;
+  (void)nccl_cuda_error(error, what);
+  nccl_device_free(self, ptr);
+  return NULL;
+}
+
+void nccl_device_free(ncclRank_t *self, void *ptr) {
+  if (ptr) (void)cudaFreeAsync(ptr, self->stream);
+}
+
+void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream) {
+  enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone)
+    (void)cudaEventRecord(self->work, stream);
+}
+
+cudaError_t nccl_work_wait(ncclRank_t *self) {
+  return self->work ? cudaEventSynchronize(self->work) : cudaSuccess;
+}
+
+/* ---- agreement ---- */
+
+static int64_t group_now_ms(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* Waits for the group's own stream, but not for ever: a rank that never comes leaves NCCL's kernel waiting.
+ */
+static ultraepResult_t group_wait(ultraepGroup_t group, const char *phase) {
+  ncclRank_t *self = nccl_rank(group);
+  int64_t deadline = group_now_ms() + group->config.timeoutMs;
+  for (;;) {
+    cudaError_t error = cudaStreamQuery(self->stream);
+    if (error == cudaSuccess) return ultraepSuccess;
+    if (error != cudaErrorNotReady) return nccl_cuda_error(error, phase);
+    if (group_now_ms() > deadline)
+      return error_set(ultraepTimeout, "%s: a rank did not come within %d ms", phase,
+                       group->config.timeoutMs);
+    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+  }
+}
+
+ultraepResult_t nccl_agree(ultraepGroup_t group, const void *mine, void *messages, size_t bytes,
+                           const char *phase) {
+  ncclRank_t *self = nccl_rank(group);
+  char *all = self->agreeBuffer + NCCL_AGREE_BYTES;
+  cudaError_t error = cudaMemcpyAsync(self->agreeBuffer, mine, bytes, cudaMemcpyHostToDevice, self->stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, phase);
+  int status = self->nccl->AllGather(self->agreeBuffer, all, bytes, NCCL_TYPE_INT8, self->comm, self->stream);
+  if (status != 0) return nccl_nccl_error(self, status, phase);
+  ultraepResult_t result = group_wait(group, phase);
+  if (result != ultraepSuccess) return result;
+  error = cudaMemcpyAsync(messages, all, bytes * (size_t)self->nRanks, cudaMemcpyDeviceToHost, self->stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, phase);
+}
+
+static ultraepResult_t group_agree_config(ultraepGroup_t group, const ultraepConfig_t *config) {
+  ncclRank_t *self = nccl_rank(group);
+  ultraepConfig_t *all = calloc((size_t)self->nRanks, sizeof(*all));
+  if (!all) return error_set(ultraepSystemError, "no memory for a group");
+  ultraepResult_t result = nccl_agree(group, config, all, sizeof(*all), "create");
+  for (int r = 1; r < self->nRanks && result == ultraepSuccess; r++) {
+    const char *field = config_difference(&all[0], &all[r]);
+    if (field)
+      result = error_set(ultraepInvalidArgument, "config.%s differs between ranks 0 and %d", field, r);
+  }
+  free(all);
+  return result;
+}
+
+/* ---- create ---- */
+
+static size_t group_align(size_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+
+/* Flags and the failure mark; loads by parity; then, where the modes need them, metadata of routes and
+ * partial sums. */
+static void group_lay_out_window(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  const ultraepConfig_t *config = &group->config;
+  size_t nRanks = (size_t)self->nRanks, nRows = (size_t)group->maxRecvRows;
+  bool usesMeta =
+      config->dispatchMode == ULTRAEP_DISPATCH_ONCE || config->combineMode == ULTRAEP_COMBINE_PARTIAL;
+  self->failMarkOffset = KERNEL_FLAG_KINDS * nRanks * sizeof(uint64_t);
+  self->kernel.loadsOffset = group_align(self->failMarkOffset + sizeof(uint64_t));
+  self->metaOffset =
+      group_align(self->kernel.loadsOffset + 2 * nRanks * (size_t)config->nExperts * sizeof(int32_t));
+  self->partialsOffset = self->metaOffset;
+  if (usesMeta) self->partialsOffset += (size_t)config->maxRoutes * group_align(nRows * sizeof(kernelMeta_t));
+  self->windowBytes = self->partialsOffset;
+  if (config->combineMode == ULTRAEP_COMBINE_PARTIAL)
+    self->windowBytes += nRows * (size_t)config->hidden * (config->dataType == ULTRAEP_FLOAT32 ? 4 : 2);
+  self->kernel.usesMeta = usesMeta;
+}
+
+static ultraepResult_t group_check_limits(ultraepGroup_t group) {
+  int limit = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, nccl_rank(group)->device);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "cudaDeviceGetAttribute");
+  size_t needed = kernelRouteSharedBytes(&nccl_rank(group)->kernel.planner);
+  if (needed > (size_t)limit)
+    return error_set(
+        ultraepInvalidUsage,
+        "%d ranks, %d experts and %d slots need %zu bytes of shared memory to route, this device has %d",
+        group->nRanks, group->config.nExperts, group->config.nSlots, needed, limit);
+  return ultraepSuccess;
+}
+
+static void group_set_kernel(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  const ultraepPlannerConfig_t *planner = &group->planner;
+  self->kernel = (kernelGroup_t){
+      .planner = {.nRanks = planner->nRanks,
+                  .nExperts = planner->nExperts,
+                  .nSlots = planner->nSlots,
+                  .nDomainRanks = planner->nDomainRanks ? planner->nDomainRanks : planner->nRanks,
+                  .relayCopies = planner->relayCopies,
+                  .tolerancePpm = planner->tolerancePpm,
+                  .rowPs = planner->rowPs,
+                  .copyPs = planner->copyPs},
+      .rank = self->rank,
+      .topK = group->config.topK,
+      .alignment = group->config.alignment,
+      .nSegments = group->nSegments,
+      .nBlocks = group->config.maxCtas > 0 ? group->config.maxCtas : NCCL_DEFAULT_BLOCKS,
+      .maxRecvRows = group->maxRecvRows,
+      .timeoutNs = (uint64_t)group->config.timeoutMs * 1000000,
+  };
+}
+
+static ultraepResult_t group_allocate(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  size_t counts = (size_t)self->kernel.nBlocks * (size_t)group->config.nExperts * sizeof(int32_t);
+  size_t state = group_align(sizeof(kernelState_t)), agree = NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1);
+  size_t failure = group_align(sizeof(kernelFailure_t));
+  size_t pinned = failure + (size_t)group->config.maxRoutes * sizeof(kernelRouteStatus_t);
+  char *mapped = NULL;
+  cudaError_t error = (cudaError_t)kernelsLoad();
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
+  if (error == cudaSuccess) error = cudaEventCreateWithFlags(&self->work, cudaEventDisableTiming);
+  if (error == cudaSuccess) error = cudaHostAlloc(&self->pinned, pinned, cudaHostAllocMapped);
+  if (error == cudaSuccess) error = cudaHostGetDevicePointer((void **)&mapped, self->pinned, 0);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "a group's memory");
+  memset(self->pinned, 0, pinned);
+  self->failure = self->pinned;
+  self->kernel.failure = (kernelFailure_t *)mapped;
+  self->statuses = (kernelRouteStatus_t *)((char *)self->pinned + failure);
+  self->deviceStatuses = (kernelRouteStatus_t *)(mapped + failure);
+  self->deviceBlock = nccl_device_alloc(self, state + counts, "a group's state");
+  self->agreeBuffer = nccl_device_alloc(self, agree, "a group's messages");
+  if (!self->deviceBlock || !self->agreeBuffer) return ultraepUnhandledCudaError;
+  self->kernel.state = self->deviceBlock;
+  self->kernel.chunkCounts = (int32_t *)((char *)self->deviceBlock + state);
+  group->privateBytes = (int64_t)(state + counts + agree);
+  return ultraepSuccess;
+}
+
+static void group_release(ncclRank_t *self) {
+  for (int i = 0; i < self->nRegions; i++) nccl_region_close(self, &self->regions[i], false);
+  nccl_region_close(self, &self->window, true);
+  nccl_device_free(self, self->agreeBuffer);
+  nccl_device_free(self, self->deviceBlock);
+  if (self->stream) (void)cudaStreamSynchronize(self->stream);
+  (void)cudaFreeHost(self->pinned);
+  if (self->work) (void)cudaEventDestroy(self->work);
+  if (self->stream) (void)cudaStreamDestroy(self->stream);
+  free(self->regions);
+  free(self);
+}
+
+/* What must hold before anything is made: NCCL's functions, the communicator's rank and device. */
+static ultraepResult_t group_look_at_comm(ncclComm_t comm, ncclRank_t *self) {
+  int current = -1;
+  ultraepResult_t result = nccl_symbols_find(&self->nccl);
+  if (result != ultraepSuccess) return result;
+  self->comm = comm;
+  int status = self->nccl->CommCount(comm, &self->nRanks);
+  if (status == 0) status = self->nccl->CommUserRank(comm, &self->rank);
+  if (status == 0) status = self->nccl->CommCuDevice(comm, &self->device);
+  if (status != 0) return nccl_nccl_error(self, status, "comm");
+  cudaError_t error = cudaGetDevice(&current);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "cudaGetDevice");
+  if (current != self->device)
+    return error_set(ultraepInvalidUsage, "the current device is %d, the communicator's is %d", current,
+                     self->device);
+  return ultraepSuccess;
+}
+
+static const backend_t ncclBackend;
+
+ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config) {
+  ncclRank_t *self = calloc(1, sizeof(*self));
+  if (!self) return error_set(ultraepSystemError, "no memory for a group");
+  ultraepGroup_t made = NULL;
+  ultraepResult_t result = group_look_at_comm(comm, self);
+  if (result == ultraepSuccess) result = config_check(config, self->nRanks);
+  if (result == ultraepSuccess)
+    result = group_make(&made, &ncclBackend, config, self->rank, self->nRanks,
+                        config->domainRanks ? config->domainRanks : self->nRanks);
+  if (result != ultraepSuccess) goto free_self;
+  made->impl = self;
+  group_set_kernel(made);
+  group_lay_out_window(made);
+  result = group_check_limits(made);
+  if (result == ultraepSuccess) result = group_allocate(made);
+  if (result == ultraepSuccess) result = group_agree_config(made, config);
+  if (result == ultraepSuccess) result = nccl_region_open(made, NULL, self->windowBytes, true, &self->window);
+  if (result != ultraepSuccess) goto free_group;
+  self->kernel.windows = self->window.devicePeers;
+  made->windowBytes = (int64_t)self->windowBytes;
+  *group = made;
+  return ultraepSuccess;
+
+free_group:
+  group_free(made);
+free_self:
+  group_release(self);
+  return result;
+}
+
+/* ---- status, abort, destroy ---- */
+
+static ultraepResult_t group_check(ultraepGroup_t group, const char *phase) {
+  (void)phase;
+  const volatile kernelFailure_t *failure = nccl_rank(group)->failure;
+  ultraepResult_t code = (ultraepResult_t)failure->code;
+  if (code == ultraepSuccess) {
+    if (!failure->abort) return ultraepSuccess;
+    return error_set(ultraepRemoteError, "the group was aborted on this rank");
+  }
+  const char *what = ncclPhases[failure->phase];
+  if (code == ultraepTimeout)
+    return error_set(code, "%s: rank %d did not come within %d ms", what, failure->rank,
+                     group->config.timeoutMs);
+  if (code == ultraepInvalidUsage)
+    return error_set(code, "%s: rank %d is in another call, or its symmetric buffer lies elsewhere", what,
+                     failure->rank);
+  return error_set(code, "%s: rank %d aborted or failed", what, failure->rank);
+}
+
+static void group_status(ultraepGroup_t group, ultraepStatus_t *status) {
+  const volatile kernelFailure_t *failure = nccl_rank(group)->failure;
+  *status = (ultraepStatus_t){.code = (ultraepResult_t)failure->code, .missingRank = -1};
+  if (status->code != ultraepSuccess) {
+    status->missingRank = failure->rank;
+    snprintf(status->phase, sizeof(status->phase), "%s", ncclPhases[failure->phase]);
+  } else if (failure->abort) {
+    status->code = ultraepRemoteError;
+    status->missingRank = group->rank;
+  }
+  for (int i = 0; i < group->config.maxRoutes && status->code == ultraepSuccess; i++) {
+    if (!group->routes[i]) continue;
+    status->code = nccl_route_check(group->routes[i]);
+    if (status->code != ultraepSuccess) snprintf(status->phase, sizeof(status->phase), "route");
+  }
+}
+
+/* Writes one word into every other rank's window, past whatever kernels are doing. */
+static void group_tell(ncclRank_t *self, size_t offset, uint64_t word) {
+  for (int r = 0; r < self->nRanks; r++)
+    if (r != self->rank)
+      (void)cudaMemcpyAsync(self->window.peers[r] + offset, &word, sizeof(word), cudaMemcpyHostToDevice,
+                            self->stream);
+  (void)cudaStreamSynchronize(self->stream);
+}
+
+/* Ends this rank's waits through mapped memory and the peers' through their windows. */
+static void group_abort(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  *(volatile int32_t *)&self->failure->abort = 1;
+  group_tell(self, self->failMarkOffset, (uint64_t)self->rank + 1);
+}
+
+/* Kernels of this rank end within the timeout; peers that wait for this rank afterwards learn that it has
+ * left. */
+static void group_destroy(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  (void)nccl_work_wait(self);
+  group_tell(self, ((size_t)KERNEL_FLAG_GONE * (size_t)self->nRanks + (size_t)self->rank) * sizeof(uint64_t),
+             1);
+  for (int i = 0; i < group->nRegions; i++) {
+    if (!group->regions[i].base) continue;
+    nccl_region_close(self, &self->regions[i], group->regions[i].owned);
+  }
+  group_release(self);
+}
+
+static ultraepResult_t group_no_experts(ultraepGroup_t group, const struct groupLayer *layer) {
+  (void)group;
+  (void)layer;
+  return error_set(ultraepInvalidUsage, "the NCCL backend does not move weights yet");
+}
+static ultraepResult_t group_no_sync(ultraepRoute_t route, const struct groupLayer *layer,
+                                     cudaStream_t stream) {
+  (void)stream;
+  return group_no_experts(route->group, layer);
+}
+
+static ultraepResult_t group_counters(ultraepGroup_t group, ultraepCounters_t *counters) {
+  kernelState_t state;
+  ncclRank_t *self = nccl_rank(group);
+  cudaError_t error = nccl_work_wait(self);
+  if (error == cudaSuccess)
+    error = cudaMemcpyAsync(&state, self->kernel.state, sizeof(state), cudaMemcpyDeviceToHost, self->stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "ultraepGroupCounters");
+  *counters = (ultraepCounters_t){.dispatchBytes = (int64_t)state.dispatchBytes,
+                                  .combineBytes = (int64_t)state.combineBytes};
+  return ultraepSuccess;
+}
+
+static const backend_t ncclBackend = {
+    .name = "nccl",
+    .check = group_check,
+    .status = group_status,
+    .counters = group_counters,
+    .abort = group_abort,
+    .destroy = group_destroy,
+    .memCreate = nccl_mem_create,
+    .memDestroy = nccl_mem_destroy,
+    .routeCreate = nccl_route_create,
+    .routeDestroy = nccl_route_destroy,
+    .routeUpdate = nccl_route_update,
+    .routePlan = nccl_route_plan,
+    .dispatch = nccl_dispatch,
+    .combine = nccl_combine,
+    .expertsRegister = group_no_experts,
+    .weightsSync = group_no_sync,
+    .gradsReduce = group_no_sync,
+};

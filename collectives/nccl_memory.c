@@ -1,0 +1,121 @@
+/* Symmetric memory from NCCL: windows, and every rank's memory as seen from this one. */
+#include "nccl_backend.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static ultraepResult_t region_find_peers(const ncclRank_t *self, ncclRegion_t *region) {
+  for (int r = 0; r < self->nRanks; r++) {
+    void *peer = NULL;
+    int result = self->nccl->GetPeerDevicePointer(region->window, 0, r, &peer);
+    if (result != 0) return nccl_nccl_error(self, result, "ncclGetPeerDevicePointer");
+    if (!peer)
+      return error_set(
+          ultraepInvalidUsage,
+          "rank %d cannot reach rank %d's memory: all ranks of a group must be in one NVLink domain",
+          self->rank, r);
+    region->peers[r] = peer;
+  }
+  cudaError_t error =
+      cudaMemcpyAsync(region->devicePeers, region->peers, (size_t)self->nRanks * sizeof(char *),
+                      cudaMemcpyHostToDevice, self->stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, "cudaMemcpy");
+}
+
+ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, bool zero,
+                                 ncclRegion_t *region) {
+  ncclRank_t *self = nccl_rank(group);
+  ncclRegion_t made = {.base = ptr};
+  ultraepResult_t result = ultraepSuccess;
+  int status = ptr ? 0 : self->nccl->MemAlloc(&made.base, bytes);
+  if (status != 0) result = nccl_nccl_error(self, status, "ncclMemAlloc");
+  made.peers = calloc((size_t)self->nRanks, sizeof(*made.peers));
+  if (result == ultraepSuccess && !made.peers)
+    result = error_set(ultraepSystemError, "no memory for a region");
+  if (result == ultraepSuccess) {
+    made.devicePeers = nccl_device_alloc(self, (size_t)self->nRanks * sizeof(char *), "a region's table");
+    if (!made.devicePeers) result = ultraepUnhandledCudaError;
+  }
+  if (result == ultraepSuccess && zero) {
+    cudaError_t error = cudaMemsetAsync(made.base, 0, bytes, self->stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+    if (error != cudaSuccess) result = nccl_cuda_error(error, "clearing a region");
+  }
+
+  /* All ranks or none go on to the registration, which waits for all. */
+  uint64_t mine[2] = {bytes, (uint64_t)result}, *all = calloc((size_t)self->nRanks, sizeof(mine));
+  ultraepResult_t agreed = all ? nccl_agree(group, mine, all, sizeof(mine), "memory")
+                               : error_set(ultraepSystemError, "no memory for a region");
+  for (int r = 0; r < self->nRanks && agreed == ultraepSuccess && result == ultraepSuccess; r++) {
+    if (all[2 * r + 1] != 0) result = error_set(ultraepRemoteError, "memory: rank %d could not allocate", r);
+    if (all[2 * r] != bytes)
+      result = error_set(ultraepInvalidUsage, "memory: rank %d asks for %llu bytes, rank %d for %zu", r,
+                         (unsigned long long)all[2 * r], self->rank, bytes);
+  }
+  free(all);
+  if (result == ultraepSuccess) result = agreed;
+  if (result != ultraepSuccess) goto close_region;
+
+  status = self->nccl->CommWindowRegister(self->comm, made.base, bytes, &made.window, NCCL_WINDOW_SYMMETRIC);
+  if (status != 0)
+    result = nccl_nccl_error(self, status, "ncclCommWindowRegister");
+  else if (!made.window)
+    result = error_set(ultraepInvalidUsage, "NCCL gave no window: this communicator has no symmetric memory "
+                                            "(cuMem and peer access between all its GPUs are needed)");
+  if (result == ultraepSuccess) result = region_find_peers(self, &made);
+  if (result != ultraepSuccess) goto close_region;
+  *region = made;
+  return ultraepSuccess;
+
+close_region:
+  nccl_region_close(self, &made, !ptr);
+  return result;
+}
+
+void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned) {
+  if (region->window) (void)self->nccl->CommWindowDeregister(self->comm, region->window);
+  if (owned && region->base) (void)self->nccl->MemFree(region->base);
+  nccl_device_free(self, region->devicePeers);
+  free(region->peers);
+  *region = (ncclRegion_t){0};
+}
+
+ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, size_t bytes) {
+  ncclRank_t *self = nccl_rank(group);
+  if (number >= self->nRegions) {
+    ncclRegion_t *regions = realloc(self->regions, ((size_t)number + 1) * sizeof(*regions));
+    if (!regions) return error_set(ultraepSystemError, "no memory for the table of regions");
+    memset(regions + self->nRegions, 0, ((size_t)number + 1 - (size_t)self->nRegions) * sizeof(*regions));
+    self->regions = regions;
+    self->nRegions = number + 1;
+  }
+  ncclRegion_t made;
+  ultraepResult_t result = nccl_region_open(group, ptr, bytes, false, &made);
+  if (result != ultraepSuccess) return result;
+  self->regions[number] = made;
+  groupRegion_t *region = &group->regions[number];
+  *region = (groupRegion_t){.base = made.base, .bytes = bytes, .owned = !ptr, .peers = region->peers};
+  for (int r = 0; r < self->nRanks; r++) region->peers[r] = (unsigned char *)made.peers[r];
+  return ultraepSuccess;
+}
+
+ultraepResult_t nccl_mem_destroy(ultraepGroup_t group, int number) {
+  ncclRank_t *self = nccl_rank(group);
+  groupRegion_t *region = &group->regions[number];
+  /* This rank's work on the region is done, then every rank's. */
+  cudaError_t error = nccl_work_wait(self);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "ultraepMemFree");
+  uint64_t mine = (uint64_t)number, *all = calloc((size_t)self->nRanks, sizeof(mine));
+  if (!all) return error_set(ultraepSystemError, "no memory for freeing a region");
+  ultraepResult_t result = nccl_agree(group, &mine, all, sizeof(mine), "memory");
+  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++)
+    if (all[r] != mine)
+      result = error_set(ultraepInvalidUsage, "ultraepMemFree: rank %d frees another region than rank %d", r,
+                         self->rank);
+  free(all);
+  if (result != ultraepSuccess) return result;
+  nccl_region_close(self, &self->regions[number], region->owned);
+  *region = (groupRegion_t){.peers = region->peers};
+  return ultraepSuccess;
+}

@@ -1,0 +1,46 @@
+# The README's C example compiles without a warning, runs, and prints what the README says it prints: the first block
+# of C, and the first block of text after it.
+#   cmake -DREADME=README.md -DCC=cc -DCFLAGS=flags -DINCLUDES=dir,dir -DLIBRARY=libultraep.so -DWORK=dir -P readme.cmake
+file(READ ${README} rest)
+
+# Sets `block` to what lies in the next fence that opens with ```KIND, and `rest` to what follows it.
+function(take_block kind)
+  string(FIND "${rest}" "\n```${kind}\n" start)
+  if(start EQUAL -1)
+    message(FATAL_ERROR "${README}: no block of ${kind}")
+  endif()
+  string(LENGTH "\n```${kind}\n" fence)
+  math(EXPR start "${start} + ${fence}")
+  string(SUBSTRING "${rest}" ${start} -1 after)
+  string(FIND "${after}" "\n```\n" length)
+  if(length EQUAL -1)
+    message(FATAL_ERROR "${README}: a block of ${kind} has no end")
+  endif()
+  string(SUBSTRING "${after}" 0 ${length} found)
+  string(SUBSTRING "${after}" ${length} -1 after)
+  set(block "${found}\n" PARENT_SCOPE)
+  set(rest "${after}" PARENT_SCOPE)
+endfunction()
+
+take_block(c)
+file(MAKE_DIRECTORY ${WORK})
+file(WRITE ${WORK}/example.c "${block}")
+take_block(text)
+set(wanted "${block}")
+
+string(REPLACE "," ";-I" includes "-I${INCLUDES}")
+separate_arguments(flags UNIX_COMMAND "${CFLAGS}")
+cmake_path(GET LIBRARY PARENT_PATH folder)
+execute_process(COMMAND ${CC} -std=c17 -Wall -Wextra -Wshadow -Werror ${flags} ${includes} ${WORK}/example.c ${LIBRARY}
+  -Wl,-rpath,${folder} -pthread -o ${WORK}/example RESULT_VARIABLE result)
+if(NOT result EQUAL 0)
+  message(FATAL_ERROR "the README's example does not compile")
+endif()
+execute_process(COMMAND ${WORK}/example RESULT_VARIABLE result OUTPUT_VARIABLE output)
+if(NOT result EQUAL 0)
+  message(FATAL_ERROR "the README's example fails: ${result}\n${output}")
+endif()
+if(NOT output STREQUAL wanted)
+  message(FATAL_ERROR "the README's example prints:\n${output}the README says:\n${wanted}")
+endif()
+message("${output}")
