@@ -5,7 +5,7 @@
 
 static _Thread_local char lastError[ERROR_TEXT_BYTES];
 
-ultraepResult_t error_set(ultraepResult_t code, const char *format, ...) {
+void error_record(const char *format, ...) {
   /* Formatted aside first: an argument may be the last message itself. */
   char text[ERROR_TEXT_BYTES];
   va_list args;
@@ -13,7 +13,6 @@ ultraepResult_t error_set(ultraepResult_t code, const char *format, ...) {
   vsnprintf(text, sizeof(text), format, args);
   va_end(args);
   snprintf(lastError, sizeof(lastError), "%s", text);
-  return code;
 }
 
 const char *error_text(void) {

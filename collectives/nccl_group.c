@@ -128,12 +128,16 @@ static void group_lay_out_window(ultraepGroup_t group) {
   self->kernel.usesMeta = usesMeta;
 }
 
-static ultraepResult_t group_check_limits(ultraepGroup_t group) {
-  int limit = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, nccl_rank(group)->device);
+static ultraepResult_t group_look_at_device(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  int limit = 0, major = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, self->device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, self->device);
   if (error != cudaSuccess) return nccl_cuda_error(error, "cudaDeviceGetAttribute");
-  size_t needed = kernelRouteSharedBytes(&nccl_rank(group)->kernel.planner);
+  self->kernel.sharedBytes = limit;
+  self->kernel.hasBulk = major >= 9;
+  size_t needed = kernelRouteSharedBytes(&self->kernel.planner);
   if (needed > (size_t)limit)
     return error_set(
         ultraepInvalidUsage,
@@ -151,6 +155,7 @@ static void group_set_kernel(ultraepGroup_t group) {
                   .nSlots = planner->nSlots,
                   .nDomainRanks = planner->nDomainRanks ? planner->nDomainRanks : planner->nRanks,
                   .relayCopies = planner->relayCopies,
+                  .perRank = planner->nExperts / planner->nRanks,
                   .tolerancePpm = planner->tolerancePpm,
                   .rowPs = planner->rowPs,
                   .copyPs = planner->copyPs},
@@ -237,7 +242,7 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   made->impl = self;
   group_set_kernel(made);
   group_lay_out_window(made);
-  result = group_check_limits(made);
+  result = group_look_at_device(made);
   if (result == ultraepSuccess) result = group_allocate(made);
   if (result == ultraepSuccess) result = group_agree_config(made, config);
   if (result == ultraepSuccess) result = nccl_region_open(made, NULL, self->windowBytes, true, &self->window);

@@ -1,8 +1,8 @@
 /* UltraEP for NCCL: load-aware Mixture-of-Experts all-to-all.
  *
  *   group    the ranks that exchange tokens: an ncclComm_t's, or the threads of a host world
- *   route    one microbatch of one layer: loads -> plan -> row offsets; lives from dispatch to the end of backward
- *   dispatch tokens -> expert-major rows;  combine: expert-major rows -> tokens
+ *   route    one microbatch of one layer: loads -> plan -> row offsets; lives from dispatch to the end of
+ * backward dispatch tokens -> expert-major rows;  combine: expert-major rows -> tokens
  *
  * A training step of one layer, on every rank:
  *
@@ -12,28 +12,29 @@
  *   ultraepAllToAll(rowsOut, y, ULTRAEP_COMBINE, route, stream);             weighted sum per token
  *   ultraepAllToAll(dy, rowsGrad, ULTRAEP_DISPATCH, route, stream);          backward, same route
  *   ultraepAllToAll(rowsGradIn, dx, ULTRAEP_COMBINE_SUM, route, stream);
- *   ultraepGradsReduce(route, layer, stream);                                replicas' gradients into the masters
+ *   ultraepGradsReduce(route, layer, stream);                                replicas' gradients into the
+ * masters
  *
- * Row layout on the receiving rank: one segment per local instance, masters by expert, then slots 0..S-1; each
- * segment starts at a multiple of config.alignment rows; inside a segment rows are ordered by source rank, then by
- * (token, k) on that source. The layout depends on data only, never on timing. Rows between segments are padding and
- * are not written.
+ * Row layout on the receiving rank: one segment per local instance, masters by expert, then slots 0..S-1;
+ * each segment starts at a multiple of config.alignment rows; inside a segment rows are ordered by source
+ * rank, then by (token, k) on that source. The layout depends on data only, never on timing. Rows between
+ * segments are padding and are not written.
  *
- * Results. Every call returns a code; ultraepGetLastError() has a message for the calling thread. Arguments are
- * checked before anything is enqueued, written or exchanged. Outputs are set only on success.
+ * Results. Every call returns a code; ultraepGetLastError() has a message for the calling thread. Arguments
+ * are checked before anything is enqueued, written or exchanged. Outputs are set only on success.
  *   ultraepInvalidArgument, ultraepInvalidUsage  the call had no effect; the group works on.
- *   ultraepCapacityExceeded                      this route failed, alike on every rank, before a row moved; the
- *                                                group works on and the route may be updated again.
- *   ultraepTimeout, ultraepRemoteError           the group has failed (unless the call says that it works on): this
- *                                                and every later call on it returns this error until it is destroyed.
- *                                                ultraepGroupStatus names phase and rank. Only properties, counters,
- *                                                status, abort and the destroying calls still work. Once a call has
- *                                                returned the error, no peer touches this rank's memory any more.
+ *   ultraepCapacityExceeded                      this route failed, alike on every rank, before a row moved;
+ * the group works on and the route may be updated again. ultraepTimeout, ultraepRemoteError           the
+ * group has failed (unless the call says that it works on): this and every later call on it returns this
+ * error until it is destroyed. ultraepGroupStatus names phase and rank. Only properties, counters, status,
+ * abort and the destroying calls still work. Once a call has returned the error, no peer touches this rank's
+ * memory any more.
  *
- * Collective calls (marked so) must be made by every rank of the group, in the same order. Ranks found in different
- * calls, or in one call for different routes, layers or places: ultraepInvalidUsage on all. On one rank, calls on one
- * group must not overlap in time; different groups are independent. Streams: the NCCL backend enqueues on `stream`
- * and returns; the host backend has done the work when the call returns, and ignores `stream`.
+ * Collective calls (marked so) must be made by every rank of the group, in the same order. Ranks found in
+ * different calls, or in one call for different routes, layers or places: ultraepInvalidUsage on all. On one
+ * rank, calls on one group must not overlap in time; different groups are independent. Streams: the NCCL
+ * backend enqueues on `stream` and returns; the host backend has done the work when the call returns, and
+ * ignores `stream`.
  */
 #ifndef ULTRAEP_H_
 #define ULTRAEP_H_
@@ -50,7 +51,8 @@ extern "C" {
 #define ULTRAEP_VERSION_MAJOR 0
 #define ULTRAEP_VERSION_MINOR 1
 #define ULTRAEP_VERSION_PATCH 0
-#define ULTRAEP_VERSION_CODE (ULTRAEP_VERSION_MAJOR * 10000 + ULTRAEP_VERSION_MINOR * 100 + ULTRAEP_VERSION_PATCH)
+#define ULTRAEP_VERSION_CODE                                                                                 \
+  (ULTRAEP_VERSION_MAJOR * 10000 + ULTRAEP_VERSION_MINOR * 100 + ULTRAEP_VERSION_PATCH)
 
 /* The same types as in nccl.h and cuda_runtime.h, so that neither is needed here. */
 typedef struct ncclComm *ncclComm_t;
@@ -64,31 +66,35 @@ typedef enum {
   ULTRAEP_BFLOAT16 = 0,
   ULTRAEP_FLOAT16 = 1,
   ULTRAEP_FLOAT32 = 2,
-  ULTRAEP_FLOAT8 = 3, /* any 8-bit float; dispatch only, its scales travel as scaleBytes per row */
-  ULTRAEP_BYTES = 4,  /* raw rows of `hidden` bytes; dispatch only */
+  ULTRAEP_FLOAT8 = 3,           /* any 8-bit float; dispatch only, its scales travel as scaleBytes per row */
+  ULTRAEP_BYTES = 4,            /* raw rows of `hidden` bytes; dispatch only */
   ULTRAEP_DATATYPE_DEFAULT = -1 /* in arguments: the group's dataType */
 } ultraepDataType_t;
 
 typedef enum {
-  ULTRAEP_DISPATCH = 0,   /* tokens [nTokens][hidden] -> rows [rows][hidden] */
-  ULTRAEP_COMBINE = 1,    /* rows -> tokens: sum over k of topkWeights * row; plain sum where the route has no weights */
-  ULTRAEP_COMBINE_SUM = 2 /* rows -> tokens: plain sum over k, for weights applied elsewhere and for input gradients */
+  ULTRAEP_DISPATCH = 0, /* tokens [nTokens][hidden] -> rows [rows][hidden] */
+  ULTRAEP_COMBINE =
+      1, /* rows -> tokens: sum over k of topkWeights * row; plain sum where the route has no weights */
+  ULTRAEP_COMBINE_SUM =
+      2 /* rows -> tokens: plain sum over k, for weights applied elsewhere and for input gradients */
 } ultraepDirection_t;
 
 typedef enum {
   ULTRAEP_DISPATCH_AUTO = 0,   /* chosen from the group's rates; both modes give bitwise the same rows */
   ULTRAEP_DISPATCH_DIRECT = 1, /* every row straight to its place */
-  ULTRAEP_DISPATCH_ONCE = 2    /* one row per (token, destination rank) over the link, copied on at the destination */
+  ULTRAEP_DISPATCH_ONCE =
+      2 /* one row per (token, destination rank) over the link, copied on at the destination */
 } ultraepDispatchMode_t;
 
 typedef enum {
-  /* Accumulates in fp32 from +0 in order of k, each product rounded to fp32 (no fused multiply-add), and rounds once
-   * to the data type. */
+  /* Accumulates in fp32 from +0 in order of k, each product rounded to fp32 (no fused multiply-add), and
+   * rounds once to the data type. */
   ULTRAEP_COMBINE_EXACT = 0,
-  /* Partial sums at the experts' rank: for each (token, rank) the weighted rows there are summed in fp32 in order of
-   * k and, where there are two or more, rounded to the data type; the token's rank adds the partial sums in fp32 in
-   * order of their first k and rounds once. So up to one more rounding per (token, rank) than EXACT. Combining
-   * FLOAT32 needs a group whose dataType is FLOAT32: elsewhere there is no room, ultraepInvalidUsage. */
+  /* Partial sums at the experts' rank: for each (token, rank) the weighted rows there are summed in fp32 in
+   * order of k and, where there are two or more, rounded to the data type; the token's rank adds the partial
+   * sums in fp32 in order of their first k and rounds once. So up to one more rounding per (token, rank) than
+   * EXACT. Combining FLOAT32 needs a group whose dataType is FLOAT32: elsewhere there is no room,
+   * ultraepInvalidUsage. */
   ULTRAEP_COMBINE_PARTIAL = 1
 } ultraepCombineMode_t;
 
@@ -102,55 +108,64 @@ typedef struct {
   int32_t nExperts;  /* E, a multiple of the number of ranks, 1..4096 */
   int32_t topK;      /* assignments per token, 1..32 */
   int32_t maxTokens; /* most tokens a rank ever passes, 1..2^24 */
-  int32_t hidden;    /* elements of a row; a row must be a multiple of 16 bytes, 16 bytes..1 MiB, in every type used */
-  int32_t dataType;  /* ultraepDataType_t of ultraepAllToAll */
+  int32_t hidden;   /* elements of a row; a row must be a multiple of 16 bytes, 16 bytes..1 MiB, in every type
+                       used */
+  int32_t dataType; /* ultraepDataType_t of ultraepAllToAll */
   int32_t scaleBytes;  /* bytes of scales beside each dispatched row, a multiple of 4, 0..65536; 0: none */
   int32_t nSlots;      /* S, replicas a rank can hold, 0..64; 0: no balancing */
   int32_t balance;     /* 1: plan replicas; 0: masters only, whatever nSlots says */
-  int32_t domainRanks; /* D, ranks that reach each other's memory, a divisor of the ranks; 0: found by the backend */
+  int32_t domainRanks; /* D, ranks that reach each other's memory, a divisor of the ranks; 0: found by the
+                          backend */
   int32_t alignment;   /* rows at which segments start, 1..4096 */
   /* Capacity: rows a rank may receive, padding included, 0..2^31-1; 0: see ultraepGroupProperties_t. */
   int64_t maxRecvRows;
-  double tolerance;    /* balance to mean * (1 + tolerance), 0..1000 */
+  double tolerance; /* balance to mean * (1 + tolerance), 0..1000 */
   /* Cost gate (see ultraepPlannerConfig_t). expertBytes = 0 switches it off: every plan balances fully. */
-  int64_t expertBytes;   /* weights of one expert, bytes, 0..2^40 */
-  double linkBytesPerSecond; /* rate at which one rank sends weights; 0: 400e9, an H100's NVLink in one direction */
-  double rowSeconds;     /* time one assignment costs its rank; 0: expertBytes / 600e12, one flop a byte at bf16 rates */
-  int32_t dispatchMode;  /* ultraepDispatchMode_t */
-  int32_t combineMode;   /* ultraepCombineMode_t */
-  int32_t maxRoutes;     /* routes alive at once, 1..4096 */
-  int32_t maxCtas;       /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
-  int32_t timeoutMs;     /* how long any wait for another rank may last, 1..3600000 */
-  int32_t reserved[7];   /* 0 */
+  int64_t expertBytes;       /* weights of one expert, bytes, 0..2^40 */
+  double linkBytesPerSecond; /* rate at which one rank sends weights; 0: 400e9, an H100's NVLink in one
+                                direction */
+  double rowSeconds; /* time one assignment costs its rank; 0: expertBytes / 600e12, one flop a byte at bf16
+                        rates */
+  int32_t dispatchMode; /* ultraepDispatchMode_t */
+  int32_t combineMode;  /* ultraepCombineMode_t */
+  int32_t maxRoutes;    /* routes alive at once, 1..4096 */
+  int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
+  int32_t timeoutMs;    /* how long any wait for another rank may last, 1..3600000 */
+  int32_t reserved[7];  /* 0 */
 } ultraepConfig_t;
 
-/* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest 0. */
-#define ULTRAEP_CONFIG_INITIALIZER                                                                                   \
-  {                                                                                                                  \
-    sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0, 1, 0,    \
-        0.0, 0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, 1, 0, 30000, {0, 0, 0, 0, 0, 0, 0}           \
+/* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest
+ * 0. */
+#define ULTRAEP_CONFIG_INITIALIZER                                                                           \
+  {                                                                                                          \
+    sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0,  \
+        1, 0, 0.0, 0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, 1, 0, 30000, {                 \
+      0, 0, 0, 0, 0, 0, 0                                                                                    \
+    }                                                                                                        \
   }
 
 typedef struct {
   int32_t rank, nRanks, nDomainRanks;
   int32_t nLocalInstances; /* E/R + S: segments of a route on this rank, empty slots included */
-  /* Rows a rank may receive: config.maxRecvRows, or else twice maxTokens * topK (a balanced rank gets that once when
-   * all ranks are full), plus (E/R + S) * (alignment - 1) for padding, and never more than the worst case. */
+  /* Rows a rank may receive: config.maxRecvRows, or else twice maxTokens * topK (a balanced rank gets that
+   * once when all ranks are full), plus (E/R + S) * (alignment - 1) for padding, and never more than the
+   * worst case. */
   int64_t maxRecvRows;
-  int64_t windowBytes;  /* memory of this rank that peers reach: routes, flags, staging; user buffers not counted */
+  int64_t windowBytes;  /* memory of this rank that peers reach: routes, flags, staging; user buffers not
+                           counted */
   int64_t privateBytes; /* other memory of this rank */
-  int64_t slotBytes;    /* memory of the replica slots: weights and gradients; 0 until experts are registered */
+  int64_t slotBytes; /* memory of the replica slots: weights and gradients; 0 until experts are registered */
 } ultraepGroupProperties_t;
 
 /* What went wrong with a group; code ultraepSuccess and empty otherwise. */
 typedef struct {
   ultraepResult_t code;
-  int32_t missingRank;  /* the rank that did not come, left or aborted; -1 if none */
-  char phase[32];       /* "create", "route", "dispatch", "combine", "weights", "grads", "memory", ... */
+  int32_t missingRank; /* the rank that did not come, left or aborted; -1 if none */
+  char phase[32];      /* "create", "route", "dispatch", "combine", "weights", "grads", "memory", ... */
 } ultraepStatus_t;
 
-/* Bytes that this rank's calls moved between different ranks since the group was made. Row bytes and scales count,
- * loads, flags and top-k weights do not. */
+/* Bytes that this rank's calls moved between different ranks since the group was made. Row bytes and scales
+ * count, loads, flags and top-k weights do not. */
 typedef struct {
   int64_t dispatchBytes; /* written to other ranks */
   int64_t combineBytes;  /* read from other ranks */
@@ -162,7 +177,8 @@ typedef struct {
 ULTRAEP_API ultraepResult_t ultraepGetVersion(int *version);
 /* A code's name in words. Never null. */
 ULTRAEP_API const char *ultraepGetErrorString(ultraepResult_t result);
-/* The message of the last call of this thread that failed; "" if none did. Valid until this thread's next failure. */
+/* The message of the last call of this thread that failed; "" if none did. Valid until this thread's next
+ * failure. */
 ULTRAEP_API const char *ultraepGetLastError(void);
 
 /* ---- host world: ranks are threads of one process, windows are host memory ---- */
@@ -172,56 +188,60 @@ ULTRAEP_API ultraepResult_t ultraepHostWorldCreate(ultraepHostWorld_t *world, in
 ULTRAEP_API ultraepResult_t ultraepHostWorldDestroy(ultraepHostWorld_t world);
 
 /* ---- groups ---- */
-/* Collective over comm. The group keeps using comm, which must outlive it. This build may lack the NCCL backend:
- * ultraepInvalidUsage, and a message that says what is missing. */
-ULTRAEP_API ultraepResult_t ultraepGroupCreate(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config);
-/* Collective over the world's ranks; each thread passes its own rank. Several groups may be made from one world, by
- * every rank in the same order. A config that differs between ranks: ultraepInvalidArgument on all. A rank that does
- * not come within timeoutMs: ultraepTimeout on the others. */
+/* Collective over comm. The group keeps using comm, which must outlive it. This build may lack the NCCL
+ * backend: ultraepInvalidUsage, and a message that says what is missing. */
+ULTRAEP_API ultraepResult_t ultraepGroupCreate(ultraepGroup_t *group, ncclComm_t comm,
+                                               const ultraepConfig_t *config);
+/* Collective over the world's ranks; each thread passes its own rank. Several groups may be made from one
+ * world, by every rank in the same order. A config that differs between ranks: ultraepInvalidArgument on all.
+ * A rank that does not come within timeoutMs: ultraepTimeout on the others. */
 ULTRAEP_API ultraepResult_t ultraepGroupCreateHost(ultraepGroup_t *group, ultraepHostWorld_t world, int rank,
                                                    const ultraepConfig_t *config);
-ULTRAEP_API ultraepResult_t ultraepGroupProperties(ultraepGroup_t group, ultraepGroupProperties_t *properties);
+ULTRAEP_API ultraepResult_t ultraepGroupProperties(ultraepGroup_t group,
+                                                   ultraepGroupProperties_t *properties);
 ULTRAEP_API ultraepResult_t ultraepGroupCounters(ultraepGroup_t group, ultraepCounters_t *counters);
 /* The group's error, asynchronous ones included; never blocks. status may be null. */
 ULTRAEP_API ultraepResult_t ultraepGroupStatus(ultraepGroup_t group, ultraepStatus_t *status);
-/* Makes this group's waits, here and on its peers, return ultraepRemoteError soon. May be called from any thread, also
- * while a call on the group is in progress, but not during ultraepGroupDestroy. The group must still be destroyed. */
+/* Makes this group's waits, here and on its peers, return ultraepRemoteError soon. May be called from any
+ * thread, also while a call on the group is in progress, but not during ultraepGroupDestroy. The group must
+ * still be destroyed. */
 ULTRAEP_API ultraepResult_t ultraepGroupAbort(ultraepGroup_t group);
-/* Not collective. Frees the group with its routes, registrations and ultraepMemAlloc memory on this rank. Peers that
- * wait for this rank then or later get ultraepRemoteError. Null is allowed. */
+/* Not collective. Frees the group with its routes, registrations and ultraepMemAlloc memory on this rank.
+ * Peers that wait for this rank then or later get ultraepRemoteError. Null is allowed. */
 ULTRAEP_API ultraepResult_t ultraepGroupDestroy(ultraepGroup_t group);
 
-/* ---- symmetric memory: what peers write (a dispatch's outputs) or read (a combine's input, master weights) ---- */
-/* Collective: every rank asks for the same bytes, 1..2^47 (else ultraepInvalidUsage on all). *ptr is aligned to 256
- * bytes and uninitialised. A rank without the memory gets ultraepSystemError, the others ultraepRemoteError, and the
- * group works on. */
+/* ---- symmetric memory: what peers write (a dispatch's outputs) or read (a combine's input, master weights)
+ * ---- */
+/* Collective: every rank asks for the same bytes, 1..2^47 (else ultraepInvalidUsage on all). *ptr is aligned
+ * to 256 bytes and uninitialised. A rank without the memory gets ultraepSystemError, the others
+ * ultraepRemoteError, and the group works on. */
 ULTRAEP_API ultraepResult_t ultraepMemAlloc(ultraepGroup_t group, void **ptr, size_t bytes);
-/* Collective: registers the caller's memory (NCCL backend: from ncclMemAlloc), aligned to 16 bytes, the same number of
- * bytes on every rank. The caller keeps ownership and must not free it before ultraepMemFree. */
+/* Collective: registers the caller's memory (NCCL backend: from ncclMemAlloc), aligned to 16 bytes, the same
+ * number of bytes on every rank. The caller keeps ownership and must not free it before ultraepMemFree. */
 ULTRAEP_API ultraepResult_t ultraepMemRegister(ultraepGroup_t group, void *ptr, size_t bytes);
-/* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. Layers whose
- * weights lie in it are no longer registered. On a failed group ultraepGroupDestroy does it. */
+/* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. Layers
+ * whose weights lie in it are no longer registered. On a failed group ultraepGroupDestroy does it. */
 ULTRAEP_API ultraepResult_t ultraepMemFree(ultraepGroup_t group, void *ptr);
 
 /* ---- routes ---- */
 /* Not a collective wait, but every rank must create and destroy its routes in the same order. */
 ULTRAEP_API ultraepResult_t ultraepRouteCreate(ultraepGroup_t group, ultraepRoute_t *route);
 ULTRAEP_API ultraepResult_t ultraepRouteDestroy(ultraepRoute_t route);
-/* Collective. topkIdx [nTokens][topK]: global experts, -1 for an unused entry, in any order; an expert may repeat.
- * topkWeights [nTokens][topK] or null (plain sums), the same choice on every rank. nTokens 0..maxTokens and may differ
- * by rank; with 0 the pointers may be null. Both arrays must stay unchanged until the call's work is done; the route
- * keeps copies. An entry outside -1..E-1 fails the route: ultraepInvalidArgument on that rank, ultraepRemoteError on
- * the others, and the group works on.
- * Fails with ultraepCapacityExceeded where the plan needs more than maxRecvRows on any rank (on the NCCL backend
- * this and the bad entry are found later, by ultraepGroupStatus and by the calls that use the route). */
-ULTRAEP_API ultraepResult_t ultraepRouteUpdate(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
-                                               int nTokens, cudaStream_t stream);
+/* Collective. topkIdx [nTokens][topK]: global experts, -1 for an unused entry, in any order; an expert may
+ * repeat. topkWeights [nTokens][topK] or null (plain sums), the same choice on every rank. nTokens
+ * 0..maxTokens and may differ by rank; with 0 the pointers may be null. Both arrays must stay unchanged until
+ * the call's work is done; the route keeps copies. An entry outside -1..E-1 fails the route:
+ * ultraepInvalidArgument on that rank, ultraepRemoteError on the others, and the group works on. Fails with
+ * ultraepCapacityExceeded where the plan needs more than maxRecvRows on any rank (on the NCCL backend this
+ * and the bad entry are found later, by ultraepGroupStatus and by the calls that use the route). */
+ULTRAEP_API ultraepResult_t ultraepRouteUpdate(ultraepRoute_t route, const int32_t *topkIdx,
+                                               const float *topkWeights, int nTokens, cudaStream_t stream);
 
 #define ULTRAEP_MAX_TENSORS 8
 
-/* The segments of this rank, one per local instance: E/R masters, then S slots. Arrays are owned by the route, live
- * on the group's device (host memory for the host backend), keep their addresses for the life of the route, and hold
- * what the last ultraepRouteUpdate (in stream order) wrote. */
+/* The segments of this rank, one per local instance: E/R masters, then S slots. Arrays are owned by the
+ * route, live on the group's device (host memory for the host backend), keep their addresses for the life of
+ * the route, and hold what the last ultraepRouteUpdate (in stream order) wrote. */
 typedef struct {
   int32_t nSegments;       /* E/R + S, always */
   const int32_t *expert;   /* [nSegments] global expert, -1 for an empty slot */
@@ -229,55 +249,61 @@ typedef struct {
   const int64_t *rows;     /* [nSegments] rows of the segment, 0 for an empty slot */
   /* [1] Rows in use: the end of the last segment, rounded up to alignment like every segment's. */
   const int64_t *totalRows;
-  /* [nSegments] per tensor: where that instance's weights (gradients) are: in the masters of the layer of the last
-   * ultraepWeightsSync on this route, or in the slots. Null pointers before that call. An empty slot's pointer is
-   * memory of undefined contents. */
+  /* [nSegments] per tensor: where that instance's weights (gradients) are: in the masters of the layer of the
+   * last ultraepWeightsSync on this route, or in the slots. Null pointers before that call. An empty slot's
+   * pointer is memory of undefined contents. */
   void *const *weights[ULTRAEP_MAX_TENSORS];
   void *const *grads[ULTRAEP_MAX_TENSORS];
 } ultraepSegments_t;
 ULTRAEP_API ultraepResult_t ultraepRouteSegments(ultraepRoute_t route, ultraepSegments_t *segments);
-/* A host copy of the plan, for inspection; may wait for the stream of the last update. Pointers live until the next
- * call of this function, ultraepRouteUpdate or ultraepRouteDestroy on the route. */
+/* A host copy of the plan, for inspection; may wait for the stream of the last update. Pointers live until
+ * the next call of this function, ultraepRouteUpdate or ultraepRouteDestroy on the route. */
 ULTRAEP_API ultraepResult_t ultraepRoutePlan(ultraepRoute_t route, ultraepPlan_t *plan);
 
 /* ---- the exchange ---- */
-/* Collective. ULTRAEP_DISPATCH: sendbuff [nTokens][hidden] anywhere, recvbuff [maxRecvRows][hidden] in symmetric
- * memory. ULTRAEP_COMBINE and ULTRAEP_COMBINE_SUM: sendbuff [maxRecvRows][hidden] in symmetric memory, recvbuff
- * [nTokens][hidden] anywhere. The symmetric buffer must lie at the same offset of the same region on every rank
- * (else ultraepInvalidUsage on all) and leave room for maxRecvRows rows (else ultraepInvalidArgument). Buffers are
- * aligned to 16 bytes and do not overlap. Combining writes a token without assignments as zeros. When the call's work
- * is done on a rank, its outputs are whole and no peer reads or writes its symmetric buffer any more.
- * ultraepInvalidUsage: the route holds no plan (never updated, or its update failed); a combine of FLOAT8 or BYTES;
- * a group with scaleBytes (use ultraepAllToAllTensors). */
-ULTRAEP_API ultraepResult_t ultraepAllToAll(const void *sendbuff, void *recvbuff, ultraepDirection_t direction,
-                                            ultraepRoute_t route, cudaStream_t stream);
+/* Collective. ULTRAEP_DISPATCH: sendbuff [nTokens][hidden] anywhere, recvbuff [maxRecvRows][hidden] in
+ * symmetric memory. ULTRAEP_COMBINE and ULTRAEP_COMBINE_SUM: sendbuff [maxRecvRows][hidden] in symmetric
+ * memory, recvbuff [nTokens][hidden] anywhere. The symmetric buffer must lie at the same offset of the same
+ * region on every rank (else ultraepInvalidUsage on all) and leave room for maxRecvRows rows (else
+ * ultraepInvalidArgument). Buffers are aligned to 16 bytes and do not overlap. Combining writes a token
+ * without assignments as zeros. When the call's work is done on a rank, its outputs are whole and no peer
+ * reads or writes its symmetric buffer any more. ultraepInvalidUsage: the route holds no plan (never updated,
+ * or its update failed); a combine of FLOAT8 or BYTES; a group with scaleBytes (use ultraepAllToAllTensors).
+ */
+ULTRAEP_API ultraepResult_t ultraepAllToAll(const void *sendbuff, void *recvbuff,
+                                            ultraepDirection_t direction, ultraepRoute_t route,
+                                            cudaStream_t stream);
 
 typedef struct {
   size_t size;
   uint32_t magic;
   uint32_t version;
-  int32_t dataType;       /* ultraepDataType_t; may differ between calls: fp8 out, bf16 back */
-  int32_t reserved;       /* 0 */
-  const void *sendbuff;   /* as for ultraepAllToAll */
+  int32_t dataType;     /* ultraepDataType_t; may differ between calls: fp8 out, bf16 back */
+  int32_t reserved;     /* 0 */
+  const void *sendbuff; /* as for ultraepAllToAll */
   void *recvbuff;
-  const void *sendScales; /* dispatch: [nTokens][scaleBytes], or null: no scales in this call; combine: null */
-  void *recvScales;       /* dispatch: [maxRecvRows][scaleBytes] in symmetric memory; null exactly if sendScales is */
-  float *recvWeights;     /* dispatch: [maxRecvRows] the rows' top-k weights (1 where the route has none), in symmetric
-                             memory, or null; combine: null */
+  const void
+      *sendScales; /* dispatch: [nTokens][scaleBytes], or null: no scales in this call; combine: null */
+  void *
+      recvScales; /* dispatch: [maxRecvRows][scaleBytes] in symmetric memory; null exactly if sendScales is */
+  float *recvWeights; /* dispatch: [maxRecvRows] the rows' top-k weights (1 where the route has none), in
+                         symmetric memory, or null; combine: null */
 } ultraepTensors_t;
-#define ULTRAEP_TENSORS_INITIALIZER                                                                                  \
-  {                                                                                                                  \
-    sizeof(ultraepTensors_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, ULTRAEP_DATATYPE_DEFAULT, 0, 0, 0, 0, 0, 0        \
+#define ULTRAEP_TENSORS_INITIALIZER                                                                          \
+  {                                                                                                          \
+    sizeof(ultraepTensors_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, ULTRAEP_DATATYPE_DEFAULT, 0, 0, 0, 0, 0,  \
+        0                                                                                                    \
   }
-/* Collective. ultraepAllToAll with scales, rows' weights and a data type of the call's own. A rank without tokens
- * passes the same outputs as the others. */
-ULTRAEP_API ultraepResult_t ultraepAllToAllTensors(const ultraepTensors_t *tensors, ultraepDirection_t direction,
-                                                   ultraepRoute_t route, cudaStream_t stream);
+/* Collective. ultraepAllToAll with scales, rows' weights and a data type of the call's own. A rank without
+ * tokens passes the same outputs as the others. */
+ULTRAEP_API ultraepResult_t ultraepAllToAllTensors(const ultraepTensors_t *tensors,
+                                                   ultraepDirection_t direction, ultraepRoute_t route,
+                                                   cudaStream_t stream);
 
 /* ---- replicas' weights and gradients ---- */
 typedef struct {
-  /* [E/R][bytes], aligned to 16. Weights: symmetric memory, at the same offset of the same region on every rank.
-   * Gradients: any memory of this rank. */
+  /* [E/R][bytes], aligned to 16. Weights: symmetric memory, at the same offset of the same region on every
+   * rank. Gradients: any memory of this rank. */
   void *master;
   size_t bytes;     /* of one expert, a multiple of 16; equal in every layer and on every rank */
   int32_t dataType; /* weights: ignored (copied as bytes); gradients: ULTRAEP_FLOAT32 or ULTRAEP_BFLOAT16 */
@@ -293,19 +319,24 @@ typedef struct {
   ultraepExpertTensor_t weights[ULTRAEP_MAX_TENSORS];
   ultraepExpertTensor_t grads[ULTRAEP_MAX_TENSORS];
 } ultraepExperts_t;
-#define ULTRAEP_EXPERTS_INITIALIZER                                                                                  \
-  { sizeof(ultraepExperts_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, {{0, 0, 0, 0}}, {{0, 0, 0, 0}} }
+#define ULTRAEP_EXPERTS_INITIALIZER                                                                          \
+  {                                                                                                          \
+    sizeof(ultraepExperts_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, {{0, 0, 0, 0}}, {                   \
+      { 0, 0, 0, 0 }                                                                                         \
+    }                                                                                                        \
+  }
 
-/* Collective. Registers (or replaces) a layer's master tensors; layer >= 0 is any number of the caller's. The first
- * registration of a group allocates the slots, S per rank, shared by all layers; gradient slots start as zeros.
- * Registering other shapes later: ultraepInvalidUsage. A rank without memory for the slots gets ultraepSystemError,
- * the others ultraepRemoteError, and the group works on. */
-ULTRAEP_API ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int layer, const ultraepExperts_t *experts);
-/* Collective. Copies the weights of every replica of the route's plan from its master into its slot. When the call's
- * work is done on a rank, its slots are filled and its masters are no longer read. */
+/* Collective. Registers (or replaces) a layer's master tensors; layer >= 0 is any number of the caller's. The
+ * first registration of a group allocates the slots, S per rank, shared by all layers; gradient slots start
+ * as zeros. Registering other shapes later: ultraepInvalidUsage. A rank without memory for the slots gets
+ * ultraepSystemError, the others ultraepRemoteError, and the group works on. */
+ULTRAEP_API ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int layer,
+                                                   const ultraepExperts_t *experts);
+/* Collective. Copies the weights of every replica of the route's plan from its master into its slot. When the
+ * call's work is done on a rank, its slots are filled and its masters are no longer read. */
 ULTRAEP_API ultraepResult_t ultraepWeightsSync(ultraepRoute_t route, int layer, cudaStream_t stream);
-/* Collective. For every replica of the route's plan: master gradient += slot gradient, summed in fp32 in the order
- * master, then replicas ascending by rank, rounded once; then the slot's gradient is set to zero. */
+/* Collective. For every replica of the route's plan: master gradient += slot gradient, summed in fp32 in the
+ * order master, then replicas ascending by rank, rounded once; then the slot's gradient is set to zero. */
 ULTRAEP_API ultraepResult_t ultraepGradsReduce(ultraepRoute_t route, int layer, cudaStream_t stream);
 
 #ifdef __cplusplus

@@ -66,29 +66,32 @@ __device__ __forceinline__ uint4 loadRow(const char *at) {
   return v;
 }
 
-// Writes round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and its weight; kWeighted:
-// else plain sums.
+// Writes columns [from, to) of round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and
+// its weight; kWeighted: else plain sums. Two blocks of columns at a time keep 2 * kRowsAtOnce loads in
+// flight.
 template <typename As, bool kWeighted>
-__device__ __forceinline__ void sumRows(char *out, const char *row, float weight, int rowBytes, int lane) {
+__device__ __forceinline__ void sumRows(char *out, const char *row, float weight, int from, int to,
+                                        int lane) {
+  constexpr int kBlock = kWarp * 16;
   unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
-  for (int column = 0; column < rowBytes; column += kWarp * 16) {
+  for (int column = from; column < to; column += 2 * kBlock) {
     int at = column + lane * 16;
-    bool inside = at < rowBytes;
-    float sum[As::kElements];
-    for (int i = 0; i < As::kElements; i++) sum[i] = 0.0f;
+    bool inside[2] = {at < to, at + kBlock < to};
+    float sum[2][As::kElements] = {};
     for (unsigned left = rows; left;) {
-      uint4 value[kRowsAtOnce];
+      uint4 value[2][kRowsAtOnce];
       float scale[kRowsAtOnce];
       unsigned batch = left;
 #pragma unroll
       for (int j = 0; j < kRowsAtOnce; j++) {
         if (!left) break;
-        int from = __ffs(left) - 1;
+        int source = __ffs(left) - 1;
         left &= left - 1;
         auto *start =
-            reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), from));
-        if (kWeighted) scale[j] = __shfl_sync(kFullWarp, weight, from);
-        value[j] = inside ? loadRow(start + at) : uint4{};
+            reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), source));
+        if (kWeighted) scale[j] = __shfl_sync(kFullWarp, weight, source);
+        value[0][j] = inside[0] ? loadRow(start + at) : uint4{};
+        value[1][j] = inside[1] ? loadRow(start + at + kBlock) : uint4{};
       }
 #pragma unroll
       for (int j = 0; j < kRowsAtOnce; j++) {
@@ -96,47 +99,59 @@ __device__ __forceinline__ void sumRows(char *out, const char *row, float weight
         batch &= batch - 1;
 #pragma unroll
         for (int i = 0; i < As::kElements; i++) {
-          float x = As::get(value[j], i);
-          sum[i] = __fadd_rn(sum[i], kWeighted ? __fmul_rn(scale[j], x) : x);
+          float x = As::get(value[0][j], i), y = As::get(value[1][j], i);
+          sum[0][i] = __fadd_rn(sum[0][i], kWeighted ? __fmul_rn(scale[j], x) : x);
+          sum[1][i] = __fadd_rn(sum[1][i], kWeighted ? __fmul_rn(scale[j], y) : y);
         }
       }
     }
-    if (inside) *reinterpret_cast<uint4 *>(out + at) = As::put(sum);
+    if (inside[0]) *reinterpret_cast<uint4 *>(out + at) = As::put(sum[0]);
+    if (inside[1]) *reinterpret_cast<uint4 *>(out + at + kBlock) = As::put(sum[1]);
   }
 }
 
-// PARTIAL, at the experts' rank: one warp for each first row of a token with more rows here.
+// PARTIAL, at the experts' rank: sums for every token with two or more rows here. A warp looks at 32 rows at
+// a time, and its lanes follow one token's chain together.
 template <typename As, bool kWeighted>
 __device__ void combinePartials(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExchange_t &x,
                                 int first, int stride) {
-  int lane = threadIdx.x % kWarp;
+  int lane = threadIdx.x % kWarp, block = 0;
   auto *meta = reinterpret_cast<const kernelMeta_t *>(g.windows[g.rank] + route.metaOffset);
   const char *rows = x.peerRows[g.rank] + x.peerRowsOffset;
   char *partials = g.windows[g.rank] + x.partialsOffset;
   for (int segment = 0; segment < g.nSegments; segment++) {
-    int64_t from = route.firstRow[segment], end = from + route.rows[segment];
-    for (int64_t row = from + first; row < end; row += stride) {
-      if (!__ldcg(&meta[row].isFirst) || __ldcg(&meta[row].next) < 0) continue;
-      const char *mine = nullptr;
-      float weight = 1.0f;
-      int64_t at = row;
-      for (int n = 0; at >= 0 && n < kWarp; n++, at = __ldcg(&meta[at].next)) {
-        if (lane != n) continue;
-        mine = rows + at * x.rowBytes;
-        weight = __ldcg(&meta[at].weight);
+    int64_t start = route.firstRow[segment], end = start + route.rows[segment];
+    int nBlocks = int((end - start + kWarp - 1) / kWarp), skip = (first - block % stride + stride) % stride;
+    block += nBlocks;
+    for (int b = skip; b < nBlocks; b += stride) {
+      int64_t row = start + int64_t(b) * kWarp + lane;
+      bool shared = row < end && __ldcg(&meta[row].isFirst) && __ldcg(&meta[row].next) >= 0;
+      for (unsigned left = __ballot_sync(kFullWarp, shared); left; left &= left - 1) {
+        int64_t head = start + int64_t(b) * kWarp + __ffs(left) - 1, at = head;
+        const char *mine = nullptr;
+        float weight = 1.0f;
+        for (int n = 0; at >= 0 && n < kWarp; n++, at = __ldcg(&meta[at].next)) {
+          if (lane != n) continue;
+          mine = rows + at * x.rowBytes;
+          weight = __ldcg(&meta[at].weight);
+        }
+        sumRows<As, kWeighted>(partials + head * x.rowBytes, mine, weight, 0, x.rowBytes, lane);
       }
-      sumRows<As, kWeighted>(partials + row * x.rowBytes, mine, weight, x.rowBytes, lane);
     }
   }
 }
 
-// This rank's tokens. Lane k looks at the k-th row; PARTIAL: at the partial sum that begins with it, if any.
+// This rank's tokens, or, where there are fewer tokens than warps, parts of their columns. Lane k looks at
+// the k-th row; PARTIAL: at the partial sum that begins with it, if any.
 template <typename As, bool kWeighted>
 __device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExchange_t &x,
                               const char *const *bases, int first, int stride) {
-  int lane = threadIdx.x % kWarp;
+  constexpr int kBlock = 2 * kWarp * 16;
+  int lane = threadIdx.x % kWarp, blocks = (x.rowBytes + kBlock - 1) / kBlock;
+  int parts = max(1, min(blocks, stride / max(1, x.nTokens))), width = (blocks + parts - 1) / parts * kBlock;
   unsigned long long crossed = 0;
-  for (int token = first; token < x.nTokens; token += stride) {
+  for (int item = first; item < x.nTokens * parts; item += stride) {
+    int token = item / parts, from = item % parts * width;
     int64_t at = int64_t(token) * g.topK + lane;
     kernelPlace_t place = lane < g.topK ? route.places[at] : kernelPlace_t{-1, -1};
     int rank = place.rank & KERNEL_PLACE_RANK_MASK;
@@ -146,8 +161,9 @@ __device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route
     if (read) row = partial ? g.windows[rank] + x.partialsOffset : bases[rank];
     if (read) row += int64_t(place.row) * x.rowBytes;
     float weight = kWeighted && read && !partial ? route.weights[at] : 1.0f;
-    if (read && rank != g.rank) crossed += x.rowBytes;
-    sumRows<As, kWeighted>(x.recvRows + int64_t(token) * x.rowBytes, row, weight, x.rowBytes, lane);
+    if (read && rank != g.rank && from == 0) crossed += x.rowBytes;
+    sumRows<As, kWeighted>(x.recvRows + int64_t(token) * x.rowBytes, row, weight, from,
+                           min(x.rowBytes, from + width), lane);
   }
   for (int step = kWarp / 2; step > 0; step /= 2) crossed += __shfl_xor_sync(kFullWarp, crossed, step);
   if (lane == 0 && crossed) atomicAdd(&g.state->combineBytes, crossed);
@@ -206,8 +222,12 @@ int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   auto kernel = exchange->dataType == 0   ? combineKernelOf<AsBfloat16>(weighted)
                 : exchange->dataType == 1 ? combineKernelOf<AsFloat16>(weighted)
                                           : combineKernelOf<AsFloat32>(weighted);
-  int warps = kCombineThreads / kWarp, wanted = (exchange->nTokens + warps - 1) / warps;
-  int nBlocks = exchange->once ? group->nBlocks : std::max(1, std::min(group->nBlocks, wanted));
+  // A warp for every two blocks of columns, up to the group's blocks.
+  int64_t columns = (exchange->rowBytes + 2 * kWarp * 16 - 1) / (2 * kWarp * 16),
+          warps = kCombineThreads / kWarp;
+  int64_t wanted = (exchange->nTokens * columns + warps - 1) / warps;
+  int nBlocks =
+      exchange->once ? group->nBlocks : int(std::max<int64_t>(1, std::min<int64_t>(group->nBlocks, wanted)));
   size_t bytes = group->planner.nRanks * sizeof(char *);
   kernel<<<nBlocks, kCombineThreads, bytes, stream>>>(*group, *route, *exchange);
   return cudaGetLastError();

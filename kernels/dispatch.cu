@@ -22,6 +22,7 @@ constexpr int kBuffers = 2; // of each warp
 // How the rows are cut, and what a warp's lanes know of the current token.
 struct DispatchShape {
   int nWarps, chunkBytes, nChunks; // every chunk but the last has chunkBytes
+  int chainBytes;                  // of all warps, where rows are spread
 };
 
 struct DispatchContext {
@@ -63,6 +64,17 @@ struct DispatchContext {
       for (int i = lane; i < x.scaleBytes / 4; i += kWarp) out[i] = scales[i];
     }
   }
+  // ONCE, at the destination: the scales of a row that came, to the row that this lane holds (-1: none).
+  __device__ void spreadScales(int64_t row, int mine, int lane) const {
+    if (x.scaleBytes == 0) return;
+    char *scales = x.peerScales[g.rank] + x.peerScalesOffset;
+    auto *in = reinterpret_cast<const uint32_t *>(scales + row * x.scaleBytes);
+    for (unsigned left = __ballot_sync(kFullWarp, mine >= 0); left; left &= left - 1) {
+      int to = __shfl_sync(kFullWarp, mine, __ffs(left) - 1);
+      auto *out = reinterpret_cast<uint32_t *>(scales + int64_t(to) * x.scaleBytes);
+      for (int i = lane; i < x.scaleBytes / 4; i += kWarp) out[i] = __ldcg(in + i);
+    }
+  }
   __device__ kernelPlace_t placeOf(int token, int lane) const {
     return lane < g.topK ? route.places[int64_t(token) * g.topK + lane] : kernelPlace_t{-1, -1};
   }
@@ -75,8 +87,8 @@ __device__ __forceinline__ void addBytes(unsigned long long *counter, unsigned l
 }
 
 // Copies through registers: from one row to the places that the lanes hold (null: none).
-__device__ __forceinline__ void copyPortable(const char *from, char *to, int nTargets, int bytes, int lane) {
-  unsigned targets = __ballot_sync(kFullWarp, lane < nTargets && to != nullptr);
+__device__ __forceinline__ void copyPortable(const char *from, char *to, int bytes, int lane) {
+  unsigned targets = __ballot_sync(kFullWarp, to != nullptr);
   for (int at = lane * 16; at - lane * 16 < bytes; at += kWarp * 16) {
     bool inside = at < bytes;
     uint4 value = inside ? *reinterpret_cast<const uint4 *>(from + at) : uint4{};
@@ -89,98 +101,114 @@ __device__ __forceinline__ void copyPortable(const char *from, char *to, int nTa
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// A warp's two buffers and the barriers that say when they are loaded.
+// A warp's two buffers, used in turn, and the barriers that say when they are loaded.
 struct BulkPipe {
   char *buffers;
   uint64_t *barrier; // [kBuffers]
   uint32_t phases;   // a bit for each buffer
-  int lane, bytes;
+  int bytes, loads, waits;
 
-  __device__ void start(char *memory, uint64_t *barriers, int chunkBytes, int warp) {
-    lane = threadIdx.x % kWarp;
+  __device__ void start(char *memory, uint64_t *barriers, int chunkBytes) {
+    int warp = threadIdx.x / kWarp;
     barrier = barriers + warp * kBuffers;
     buffers = memory + size_t(warp) * kBuffers * chunkBytes;
     bytes = chunkBytes;
-    phases = 0;
-    for (int i = 0; i < kBuffers && lane == 0; i++) barrierInit(&barrier[i]);
-    if (lane == 0) barrierInitFence();
+    phases = loads = waits = 0;
+    if (threadIdx.x % kWarp == 0) {
+      for (int i = 0; i < kBuffers; i++) barrierInit(&barrier[i]);
+      barrierInitFence();
+    }
     __syncwarp();
   }
-  __device__ char *buffer(int i) const { return buffers + i * bytes; }
-  __device__ void load(int i, const char *from, int size) const {
-    if (lane == 0) bulkLoad(buffer(i), from, size, &barrier[i]);
+  __device__ void load(const char *from, int size) {
+    int i = loads++ % kBuffers;
+    if (threadIdx.x % kWarp == 0) bulkLoad(buffers + i * bytes, from, size, &barrier[i]);
   }
-  __device__ void wait(int i) {
+  // The buffer of the oldest load not yet waited for.
+  __device__ const char *wait() {
+    int i = waits++ % kBuffers;
     barrierWait(&barrier[i], phases >> i & 1);
     phases ^= 1u << i;
+    return buffers + i * bytes;
   }
 };
 
-// One warp's share of the tokens through its buffers. Items are (token, chunk) pairs, every `stride`-th
-// token.
-__device__ void dispatchBulk(const DispatchContext &c, char *memory, uint64_t *barriers, int first,
-                             int stride) {
-  BulkPipe pipe;
-  pipe.start(memory, barriers, c.shape.chunkBytes, threadIdx.x / kWarp);
-  int nTokens = first < c.x.nTokens ? (c.x.nTokens - first + stride - 1) / stride : 0;
-  int nItems = nTokens * c.shape.nChunks;
+// Moves rows through a warp's buffers: source(i) is where row i of n begins, target(i) where this lane's copy
+// of it goes (null: nowhere); both are asked once for each row, in order, source one row ahead.
+template <typename Source, typename Target>
+__device__ void moveBulk(BulkPipe &pipe, const DispatchContext &c, int n, Source source, Target target) {
+  int nItems = n * c.shape.nChunks;
+  const char *from = nullptr;
+  char *to = nullptr;
   auto load = [&](int item) {
-    int token = first + item / c.shape.nChunks * stride, chunk = item % c.shape.nChunks;
-    pipe.load(item % kBuffers, c.x.sendRows + int64_t(token) * c.x.rowBytes + chunk * c.shape.chunkBytes,
-              c.chunkSize(chunk));
+    int chunk = item % c.shape.nChunks;
+    if (chunk == 0) from = source(item / c.shape.nChunks);
+    pipe.load(from + chunk * c.shape.chunkBytes, c.chunkSize(chunk));
   };
   if (nItems > 0) load(0);
-  kernelPlace_t place = {-1, -1};
-  unsigned long long crossed = 0;
   for (int item = 0; item < nItems; item++) {
-    int token = first + item / c.shape.nChunks * stride, chunk = item % c.shape.nChunks;
-    if (chunk == 0) {
-      place = c.placeOf(token, pipe.lane);
-      c.sendExtras(token, place, pipe.lane);
-      crossed += c.crossing(place);
-    }
+    int chunk = item % c.shape.nChunks;
+    if (chunk == 0) to = target(item / c.shape.nChunks);
     if (item + 1 < nItems) {
       bulkWaitRead<0>(); // the other buffer's stores, issued one item ago, have read it
       __syncwarp();
       load(item + 1);
     }
-    pipe.wait(item % kBuffers);
-    char *to = c.destination(place);
-    if (to) bulkStore(to + chunk * c.shape.chunkBytes, pipe.buffer(item % kBuffers), c.chunkSize(chunk));
+    const char *buffer = pipe.wait();
+    if (to) bulkStore(to + chunk * c.shape.chunkBytes, buffer, c.chunkSize(chunk));
     bulkCommit();
   }
-  bulkWaitWritten();
-  addBytes(&c.g.state->dispatchBytes, crossed);
+  bulkWaitRead<0>();
+  __syncwarp();
 }
 #endif
 
-// ONCE, at the destination: rows that came copy on to their tokens' other rows here. Warps take every
-// stride-th row.
-__device__ void dispatchSpread(const DispatchContext &c, int first, int stride) {
+// One warp's share of the tokens: every stride-th.
+template <typename Move>
+__device__ void dispatchTokens(const DispatchContext &c, int first, int stride, Move move) {
   int lane = threadIdx.x % kWarp;
+  int n = first < c.x.nTokens ? (c.x.nTokens - first + stride - 1) / stride : 0;
+  unsigned long long crossed = 0;
+  move(
+      n, [&](int i) { return c.x.sendRows + int64_t(first + i * stride) * c.x.rowBytes; },
+      [&](int i) {
+        kernelPlace_t place = c.placeOf(first + i * stride, lane);
+        c.sendExtras(first + i * stride, place, lane);
+        crossed += c.crossing(place);
+        return c.destination(place);
+      });
+  addBytes(&c.g.state->dispatchBytes, crossed);
+}
+
+// ONCE, at the destination: rows that came go on to their tokens' other rows here. A warp looks at 32 rows at
+// a time, each lane following one row's chain into `chains` ([32][topK] of this warp, in shared memory).
+template <typename Move>
+__device__ void dispatchSpread(const DispatchContext &c, int32_t *chains, int first, int stride, Move move) {
+  int lane = threadIdx.x % kWarp, topK = c.g.topK, block = 0;
   auto *meta = reinterpret_cast<const kernelMeta_t *>(c.g.windows[c.g.rank] + c.route.metaOffset);
   char *rows = c.bases[c.g.rank];
   for (int segment = 0; segment < c.g.nSegments; segment++) {
-    int64_t from = c.route.firstRow[segment], end = from + c.route.rows[segment];
-    for (int64_t row = from + first; row < end; row += stride) {
-      int next = __ldcg(&meta[row].isFirst) ? __ldcg(&meta[row].next) : -1;
-      if (next < 0) continue;
-      // Lane i gets the token's i-th later row here.
-      int mine = -1, n = 0;
-      for (; next >= 0 && n < kWarp; n++) {
-        if (lane == n) mine = next;
-        next = __ldcg(&meta[next].next);
+    int64_t start = c.route.firstRow[segment], end = start + c.route.rows[segment];
+    int nBlocks = int((end - start + kWarp - 1) / kWarp), skip = (first - block % stride + stride) % stride;
+    block += nBlocks;
+    for (int b = skip; b < nBlocks; b += stride) {
+      int64_t row = start + int64_t(b) * kWarp + lane;
+      int next = row < end && __ldcg(&meta[row].isFirst) ? __ldcg(&meta[row].next) : -1;
+      unsigned shared = __ballot_sync(kFullWarp, next >= 0);
+      for (int n = 0; n < topK; n++) {
+        chains[lane * topK + n] = next;
+        if (next >= 0) next = __ldcg(&meta[next].next);
       }
-      char *to = mine < 0 ? nullptr : rows + int64_t(mine) * c.x.rowBytes;
-      copyPortable(rows + row * c.x.rowBytes, to, n, c.x.rowBytes, lane);
-      if (c.x.scaleBytes == 0) continue;
-      char *scales = c.x.peerScales[c.g.rank] + c.x.peerScalesOffset;
-      for (int i = 0; i < n; i++) {
-        auto *out =
-            reinterpret_cast<uint32_t *>(scales + int64_t(__shfl_sync(kFullWarp, mine, i)) * c.x.scaleBytes);
-        auto *in = reinterpret_cast<const uint32_t *>(scales + row * c.x.scaleBytes);
-        for (int j = lane; j < c.x.scaleBytes / 4; j += kWarp) out[j] = in[j];
-      }
+      __syncwarp();
+      auto nth = [&](int i) { return __fns(shared, 0, i + 1); };
+      move(
+          __popc(shared), [&](int i) { return rows + (start + int64_t(b) * kWarp + nth(i)) * c.x.rowBytes; },
+          [&](int i) {
+            int mine = lane < topK ? chains[nth(i) * topK + lane] : -1;
+            c.spreadScales(start + int64_t(b) * kWarp + nth(i), mine, lane);
+            return mine < 0 ? nullptr : rows + int64_t(mine) * c.x.rowBytes;
+          });
+      __syncwarp();
     }
   }
 }
@@ -206,30 +234,39 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
     if (threadIdx.x == 0) failGroup(g, kInvalidUsage, KERNEL_PHASE_DISPATCH, differs);
     alive = false;
   }
-  if (alive) {
-    if constexpr (kBulk) {
+  size_t table = (g.planner.nRanks * sizeof(char *) + 127) / 128 * 128;
+  int32_t *chains = reinterpret_cast<int32_t *>(memory + table) + int(threadIdx.x) / kWarp * kWarp * g.topK;
+  auto work = [&](auto move, auto written) {
+    if (alive) dispatchTokens(c, first, stride, move);
+    written();
+    if (!alive || !x.once) return;
+    alive = gridBarrier(g, 0, KERNEL_PHASE_DISPATCH);
+    if (alive && blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
+    if (alive) alive = waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
+    if (alive) dispatchSpread(c, chains, first, stride, move);
+    written();
+  };
+  if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      size_t table = (g.planner.nRanks * sizeof(char *) + 127) / 128 * 128;
-      dispatchBulk(c, memory + table, barriers, first, stride);
+    BulkPipe pipe;
+    pipe.start(memory + table + shape.chainBytes, barriers, shape.chunkBytes);
+    work(
+        [&](int n, auto source, auto target) {
+          bulkFence(); // what peers' bulk copies wrote was acquired by ordinary loads
+          moveBulk(pipe, c, n, source, target);
+        },
+        [] { bulkWaitWritten(); });
 #endif
-    } else {
-      int lane = threadIdx.x % kWarp;
-      unsigned long long crossed = 0;
-      for (int token = first; token < x.nTokens; token += stride) {
-        kernelPlace_t place = c.placeOf(token, lane);
-        c.sendExtras(token, place, lane);
-        crossed += c.crossing(place);
-        copyPortable(x.sendRows + int64_t(token) * x.rowBytes, c.destination(place), g.topK, x.rowBytes,
-                     lane);
-      }
-      addBytes(&g.state->dispatchBytes, crossed);
-    }
-    if (x.once) {
-      alive = gridBarrier(g, 0, KERNEL_PHASE_DISPATCH);
-      if (alive && blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
-      if (alive) alive = waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
-      if (alive) dispatchSpread(c, first, stride);
-    }
+  } else {
+    int lane = threadIdx.x % kWarp;
+    work(
+        [&](int n, auto source, auto target) {
+          for (int i = 0; i < n; i++) {
+            const char *from = source(i);
+            copyPortable(from, target(i), x.rowBytes, lane);
+          }
+        },
+        [] {});
   }
   if (lastBlockOut(g)) {
     if (alive && !x.once) {
@@ -249,29 +286,22 @@ cudaError_t loadDispatchKernels() {
 int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
                          const kernelExchange_t *exchange, cudaStream_t stream) {
   using namespace ultraep;
-  int device, limit, major;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  size_t table = (group->planner.nRanks * sizeof(char *) + 127) / 128 * 128,
-         room = size_t(limit) - table - 2048;
-  DispatchShape shape = {kMaxDispatchWarps, 0, 0};
+  size_t table = (group->planner.nRanks * sizeof(char *) + 127) / 128 * 128;
+  size_t chains = exchange->once ? size_t(kMaxDispatchWarps) * kWarp * group->topK * sizeof(int32_t) : 0;
+  size_t room = size_t(group->sharedBytes) - table - chains - 2048;
+  DispatchShape shape = {kMaxDispatchWarps, 0, 0, int(chains)};
   // Chunks of at most 16 KiB; as many warps as buffers fit, at least half of the most.
   int most = std::min<int>(16384, int(room / (kMaxDispatchWarps / 2 * kBuffers)) / 128 * 128);
   shape.nChunks = (exchange->rowBytes + most - 1) / most;
   shape.chunkBytes = ((exchange->rowBytes + shape.nChunks - 1) / shape.nChunks + 127) / 128 * 128;
   shape.nChunks = (exchange->rowBytes + shape.chunkBytes - 1) / shape.chunkBytes;
-  bool bulk = major >= 9;
+  bool bulk = group->hasBulk;
   if (bulk)
     shape.nWarps = int(std::min<size_t>(kMaxDispatchWarps, room / (size_t(kBuffers) * shape.chunkBytes)));
-  size_t bytes = table + (bulk ? size_t(shape.nWarps) * kBuffers * shape.chunkBytes : 0);
+  size_t bytes = table + chains + (bulk ? size_t(shape.nWarps) * kBuffers * shape.chunkBytes : 0);
   int nBlocks = std::max(1, std::min(group->nBlocks, (exchange->nTokens + 3) / 4));
   if (exchange->once) nBlocks = group->nBlocks; // the destination's copies are not known here
   auto kernel = bulk ? dispatchKernel<true> : dispatchKernel<false>;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error != cudaSuccess) return error;
   kernel<<<nBlocks, shape.nWarps * kWarp, bytes, stream>>>(*group, *route, *exchange, shape);
   return cudaGetLastError();
 }

@@ -19,6 +19,7 @@ typedef struct CUstream_st *cudaStream_t;
 /* The planner's config with its defaults resolved, see ultraepPlannerConfig_t. */
 typedef struct {
   int32_t nRanks, nExperts, nSlots, nDomainRanks, relayCopies;
+  int32_t perRank; /* E / R */
   uint32_t tolerancePpm, rowPs;
   uint64_t copyPs;
 } kernelPlanner_t;
@@ -93,8 +94,10 @@ typedef struct {
 typedef struct {
   kernelPlanner_t planner;
   int32_t rank, topK, alignment, usesMeta;
-  int32_t nSegments; /* E/R + the config's S */
-  int32_t nBlocks;   /* at most, of one kernel */
+  int32_t nSegments;   /* E/R + the config's S */
+  int32_t nBlocks;     /* at most, of one kernel */
+  int32_t sharedBytes; /* of a block at most, on this device */
+  int32_t hasBulk;     /* the device has bulk copies (sm_90 and later) */
   int64_t maxRecvRows;
   uint64_t timeoutNs;
   size_t loadsOffset;   /* in a window: int32 [2][R][E], by parity of the route call */
@@ -113,13 +116,13 @@ typedef struct {
   int32_t row;
 } kernelPlace_t;
 
-/* How an update of a route came out, in device memory. */
+/* How an update of a route came out. code and nUpdates are one 64-bit word, written last. */
 typedef struct {
   int32_t code;     /* ultraepResult_t */
+  int32_t nUpdates; /* that the route has had */
   int32_t rank;     /* whose capacity or entry it was, -1 if none */
-  int64_t rows;     /* that this rank would need */
-  int32_t nUpdates; /* that the route has had; written last */
   int32_t reserved;
+  int64_t rows; /* that this rank would need */
 } kernelRouteStatus_t;
 
 /* A route's device memory. */

@@ -11,13 +11,20 @@ cudaError_t loadRouteKernels();
 cudaError_t loadDispatchKernels();
 cudaError_t loadCombineKernels();
 
+// Loads the kernels and lets them use all the shared memory that a block can have.
 inline cudaError_t loadKernels(std::initializer_list<const void *> kernels) {
-  cudaFuncAttributes attributes;
+  int device, limit;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   for (const void *kernel : kernels) {
-    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) return error;
+    cudaFuncAttributes attributes;
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   limit - int(attributes.sharedSizeBytes));
   }
-  return cudaSuccess;
+  return error;
 }
 
 template <typename Kernel> const void *kernelAddress(Kernel *kernel) {

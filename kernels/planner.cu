@@ -6,10 +6,9 @@ namespace ultraep {
 
 __global__ void __launch_bounds__(512, 1)
     planKernel(const kernelPlanner_t p, const int32_t *__restrict__ loads, kernelPlan_t plan) {
-  extern __shared__ __align__(16) char memory[];
   __shared__ PlanShared shared;
   PlanArrays a;
-  a.carve(memory, p.nRanks, p.nExperts, p.nSlots);
+  a.carve(p.nRanks, p.nExperts, p.nSlots);
   planBlock(p, a, shared, loads);
   for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
     plan.slotExpert[i] = a.slotExpert[i];

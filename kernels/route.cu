@@ -18,7 +18,7 @@ namespace ultraep {
 
 constexpr int kRouteThreads = 512;
 constexpr int kRouteWarps = kRouteThreads / kWarp;
-constexpr size_t kStaticShared = 2048; // at most, declared in the kernel
+constexpr size_t kStaticShared = 3072; // at most, declared in the kernel
 
 // A run of this rank's assignments of one expert that go to one instance, in order of (token, k).
 struct Piece {
@@ -34,21 +34,24 @@ struct RouteShared {
   int32_t *firstPiece; // [E]
   Piece *pieces;       // [E + 2*R*S]: one each for experts without replicas, then runs for the others
   uint32_t *counts;    // [nWarps][E]
+  int32_t *staged;     // [R][E] or null
   int nWarps;
 
   __host__ __device__ static size_t fixedBytes(int64_t nRanks, int64_t nExperts, int64_t nSlots) {
     return PlanArrays::bytes(nRanks, nExperts, nSlots) + 4 * size_t(2 * nExperts + nRanks * nSlots) +
            sizeof(Piece) * size_t(nExperts + 2 * nRanks * nSlots) + 16;
   }
-  __device__ void carve(char *base, int64_t nRanks, int64_t nExperts, int64_t nSlots, int warps) {
-    plan.carve(base, nRanks, nExperts, nSlots);
-    masterRow =
-        reinterpret_cast<int32_t *>(base + (PlanArrays::bytes(nRanks, nExperts, nSlots) + 15) / 16 * 16);
+  __device__ void carve(int64_t nRanks, int64_t nExperts, int64_t nSlots, int warps, bool stage) {
+    plan.carve(nRanks, nExperts, nSlots);
+    masterRow = reinterpret_cast<int32_t *>(planMemory +
+                                            (PlanArrays::bytes(nRanks, nExperts, nSlots) + 15) / 16 * 16);
     slotRow = masterRow + nExperts;
     firstPiece = slotRow + nRanks * nSlots;
     pieces = reinterpret_cast<Piece *>(firstPiece + nExperts);
     counts = reinterpret_cast<uint32_t *>(pieces + nExperts + 2 * nRanks * nSlots);
     nWarps = warps;
+    auto end = reinterpret_cast<uintptr_t>(counts + warps * nExperts);
+    staged = stage ? reinterpret_cast<int32_t *>((end + 15) / 16 * 16) : nullptr;
   }
 };
 
@@ -73,24 +76,35 @@ struct WarpTokens {
   }
 };
 
-__device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const int32_t *topkIdx,
-                           int nTokens) {
+// Entries of a warp's first steps stay in registers between counting and placing.
+constexpr int kCachedSteps = 8;
+
+__device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const int32_t *topkIdx, int nTokens,
+                           int (&cached)[kCachedSteps]) {
   int nExperts = g.planner.nExperts, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x; i < s.nWarps * nExperts; i += blockDim.x) s.counts[i] = 0;
-  __syncthreads();
   WarpTokens w(g, nTokens, s.nWarps);
   uint32_t *mine = s.counts + warp * nExperts;
-  for (int token = w.from; token < w.to; token += w.perStep) {
+  auto read = [&](int token) {
     int64_t at = w.entry(token);
     int e = at < 0 ? -1 : topkIdx[at];
-    if (e < -1 || e >= nExperts) {
-      g.state->badEntry = 1; // every writer writes the same
-      e = -1;
-    }
+    if (e >= -1 && e < nExperts) return e;
+    g.state->badEntry = 1; // every writer writes the same
+    return -1;
+  };
+  auto count = [&](int e) {
     unsigned same = __match_any_sync(kFullWarp, e);
     if (e >= 0 && lane == __ffs(same) - 1) mine[e] += __popc(same);
     __syncwarp();
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < kCachedSteps; i++)
+    cached[i] = w.from + i * w.perStep < w.to ? read(w.from + i * w.perStep) : -1;
+  __syncthreads(); // counts are zero
+#pragma unroll
+  for (int i = 0; i < kCachedSteps; i++)
+    if (w.from + i * w.perStep < w.to) count(cached[i]);
+  for (int token = w.from + kCachedSteps * w.perStep; token < w.to; token += w.perStep) count(read(token));
   __syncthreads();
   for (int e = threadIdx.x; e < nExperts; e += blockDim.x) {
     uint32_t sum = 0;
@@ -110,6 +124,7 @@ __device__ void routePublish(const kernelGroup_t &g, const RouteShared &s, uint3
   int64_t row = (int64_t(call & 1) * nRanks + g.rank) * nExperts;
   for (int e = threadIdx.x; e < nExperts; e += blockDim.x) {
     int32_t sum = 0, before = 0;
+#pragma unroll 8
     for (int b = 0; b < nBlocks; b++) {
       if (b == int(blockIdx.x)) before = sum;
       sum += __ldcg(g.chunkCounts + int64_t(b) * nExperts + e);
@@ -127,127 +142,190 @@ __device__ void routePublish(const kernelGroup_t &g, const RouteShared &s, uint3
   }
 }
 
-// First rows of all segments, and the first rank whose rows do not fit (else -1, in every thread).
+// Sum over the lanes before this one; *total is over all.
+__device__ __forceinline__ int64_t warpScan(int64_t value, int64_t *total) {
+  int lane = threadIdx.x % kWarp;
+  int64_t sum = value;
+  for (int step = 1; step < kWarp; step *= 2) {
+    int64_t other = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += other;
+  }
+  *total = __shfl_sync(kFullWarp, sum, kWarp - 1);
+  return sum - value;
+}
+
+// First rows of all segments, a warp for each rank, and the first rank whose rows do not fit (else -1, in
+// every thread).
 __device__ int routeSegments(const kernelGroup_t &g, const RouteShared &s, int64_t *needed) {
   __shared__ int overfull;
-  __shared__ int64_t overfullRows;
   const kernelPlanner_t &p = g.planner;
-  int perRank = p.nExperts / p.nRanks;
+  int perRank = p.perRank, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) overfull = 0x7fffffff;
   __syncthreads();
-  auto align = [&](int64_t rows) { return (rows + g.alignment - 1) / g.alignment * g.alignment; };
-  for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
-    int64_t row = 0;
-    for (int e = r * perRank; e < (r + 1) * perRank; e++) {
-      s.masterRow[e] = int32_t(row);
-      row += align(s.plan.rem[e]);
+  for (int r = warp; r < p.nRanks; r += blockDim.x / kWarp) {
+    int64_t row = 0, total;
+    int n = perRank + s.plan.slotCount[r];
+    for (int first = 0; first < n; first += kWarp) {
+      int i = first + lane, slot = r * p.nSlots + i - perRank, e = r * perRank + i;
+      int64_t rows = i >= n ? 0 : i < perRank ? s.plan.rem[e] : s.plan.slotQuota[slot];
+      if (g.alignment > 1) rows = (rows + g.alignment - 1) / g.alignment * g.alignment;
+      int64_t at = row + warpScan(rows, &total);
+      if (i < perRank)
+        s.masterRow[e] = int32_t(at);
+      else if (i < n)
+        s.slotRow[slot] = int32_t(at);
+      row += total;
     }
-    for (int i = r * p.nSlots; i < r * p.nSlots + s.plan.slotCount[r]; i++) {
-      s.slotRow[i] = int32_t(row);
-      row += align(s.plan.slotQuota[i]);
+    if (lane == 0) {
+      s.plan.largest[r] = row;
+      if (row > g.maxRecvRows) atomicMin(&overfull, r);
     }
-    s.plan.largest[r] = row;
-    if (row > g.maxRecvRows) atomicMin(&overfull, r);
   }
   __syncthreads();
-  if (threadIdx.x == 0 && overfull != 0x7fffffff) overfullRows = s.plan.largest[overfull];
-  __syncthreads();
   if (overfull == 0x7fffffff) return -1;
-  *needed = overfullRows;
+  *needed = s.plan.largest[overfull];
   return overfull;
 }
 
 // One replicated expert's runs for this rank, as balancer/decompose.c lays them out: first the rank's own
-// instance, then the overlap of the rank's stretch of the line with each instance's. By one thread.
+// instance, then the overlap of the rank's stretch of the line with each instance's. By one warp, 32
+// instances at a time.
 struct RouteExpert {
   const kernelGroup_t &g;
   const RouteShared &s;
   const int32_t *loads;
-  int e, perRank;
+  int e, lane;
 
-  __device__ int64_t load(int src) const { return __ldcg(loads + int64_t(src) * g.planner.nExperts + e); }
+  struct Instance {
+    int rank; // -1: no instance in this lane
+    int64_t quota, kept;
+    int32_t row;
+  };
 
-  // Calls visit(rank, quota, row) for the master, then the replicas ascending by rank.
-  template <typename Visit> __device__ void instances(Visit visit) const {
-    visit(e / perRank, s.plan.rem[e], s.masterRow[e]);
-    for (int i = 0; i < g.planner.nRanks * g.planner.nSlots; i++)
-      if (s.plan.slotExpert[i] == e) visit(i / g.planner.nSlots, s.plan.slotQuota[i], s.slotRow[i]);
+  __device__ int64_t load(int src) const { return loads[int64_t(src) * g.planner.nExperts + e]; }
+
+  // Instance 0 is the master, then the replicas ascending by rank; this lane's of the 32 from `from` on.
+  // Slots are looked at 32 at a time, and their finds are numbered in order.
+  __device__ Instance instance(int from, int *n) const {
+    int found = 1, slot = -1, wanted = from + lane, nSlots = g.planner.nRanks * g.planner.nSlots;
+    for (int first = 0; first < nSlots; first += kWarp) {
+      unsigned here = __ballot_sync(kFullWarp, first + lane < nSlots && s.plan.slotExpert[first + lane] == e);
+      int count = __popc(here), nth = wanted - found;
+      if (nth >= 0 && nth < count) slot = first + __fns(here, 0, nth + 1);
+      found += count;
+    }
+    *n = found;
+    Instance x = {-1, 0, 0, 0};
+    if (wanted == 0)
+      x = {e / (g.planner.perRank), s.plan.rem[e], 0, s.masterRow[e]};
+    else if (slot >= 0)
+      x = {slot / g.planner.nSlots, s.plan.slotQuota[slot], 0, s.slotRow[slot]};
+    if (x.rank >= 0) x.kept = min(x.quota, load(x.rank));
+    return x;
   }
 
-  // Returns the runs written, at most one per instance.
-  __device__ int pieces(Piece *out) const {
-    int64_t mine = load(g.rank), own = 0, lineStart = 0;
-    for (int src = 0; src < g.rank; src++) lineStart += load(src);
-    instances([&](int rank, int64_t quota, int32_t) {
-      if (rank < g.rank) lineStart -= min(quota, load(rank));
-      if (rank == g.rank) own = min(quota, mine);
-    });
-    int64_t lineEnd = lineStart + mine - own, at = 0;
-    int n = 0;
-    instances([&](int rank, int64_t, int32_t row) {
-      if (rank == g.rank && own > 0) out[n++] = {int32_t(own), rank, row + rowsBefore(rank, lineStart)};
-    });
-    int64_t position = own;
-    instances([&](int rank, int64_t quota, int32_t row) {
-      int64_t kept = min(quota, load(rank)), from = at, to = at + quota - kept;
-      at = to;
-      int64_t overlap = min(to, lineEnd) - max(from, lineStart);
-      if (overlap <= 0) return;
-      int64_t first = row + max(int64_t(0), min(to, lineStart) - from) + (rank < g.rank ? kept : 0);
-      out[n++] = {int32_t(position + overlap), rank, int32_t(first - position)};
-      position += overlap;
-    });
-    return n;
+  __device__ static int64_t sum(int64_t value) {
+    for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+    return value;
   }
 
-  // Rows that lower source ranks have in the instance on `wanted`, for a run that is at the start of this
-  // rank's.
-  __device__ int32_t rowsBefore(int wanted, int64_t lineStart) const {
-    int64_t at = 0, before = 0;
-    instances([&](int rank, int64_t quota, int32_t) {
-      int64_t from = at, to = at + quota - min(quota, load(rank));
-      at = to;
-      if (rank == wanted) before = max(int64_t(0), min(to, lineStart) - from);
-    });
-    return int32_t(before);
+  // Writes the runs, at most one per instance.
+  __device__ void pieces(Piece *out) const {
+    int n = 1, written = 0;
+    int64_t mine = load(g.rank), lineStart = 0, own = 0, total;
+    for (int src = lane; src < g.rank; src += kWarp) lineStart += load(src);
+    for (int from = 0; from < n; from += kWarp) {
+      Instance x = instance(from, &n);
+      if (x.rank >= 0 && x.rank < g.rank) lineStart -= x.kept;
+      if (x.rank == g.rank) own = x.kept;
+    }
+    lineStart = sum(lineStart);
+    own = sum(own);
+    int64_t lineEnd = lineStart + mine - own, at = 0, position = own;
+    if (own > 0) written = 1; // its place is the first
+    for (int from = 0; from < n; from += kWarp) {
+      Instance x = instance(from, &n);
+      int64_t length = x.quota - x.kept, start = at + warpScan(length, &total), end = start + length;
+      at += total;
+      int64_t overlap = max(int64_t(0), min(end, lineEnd) - max(start, lineStart));
+      // Rows that lower source ranks have in this instance.
+      int64_t before = max(int64_t(0), min(end, lineStart) - start) + (x.rank < g.rank ? x.kept : 0);
+      int64_t first = position + warpScan(overlap, &total);
+      position += total;
+      unsigned some = __ballot_sync(kFullWarp, overlap > 0);
+      if (x.rank == g.rank && own > 0) out[0] = {int32_t(own), x.rank, x.row + int32_t(before)};
+      if (overlap > 0)
+        out[written + __popc(some & ((1u << lane) - 1))] = {int32_t(first + overlap), x.rank,
+                                                            int32_t(x.row + before - first)};
+      written += __popc(some);
+    }
   }
 };
 
-__device__ void routePieces(const kernelGroup_t &g, const RouteShared &s, const int32_t *loads) {
-  __shared__ int used;
-  const kernelPlanner_t &p = g.planner;
-  int perRank = p.nExperts / p.nRanks, nSlots = p.nRanks * p.nSlots;
-  if (threadIdx.x == 0) used = p.nExperts;
-  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) s.firstPiece[e] = e;
-  __syncthreads();
-  for (int i = threadIdx.x; i < nSlots; i += blockDim.x)
-    if (s.plan.slotExpert[i] >= 0) s.firstPiece[s.plan.slotExpert[i]] = -1; // replicated
-  __syncthreads();
-  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) {
-    if (s.firstPiece[e] < 0) {
-      int nInstances = 1;
-      for (int i = 0; i < nSlots; i++) nInstances += s.plan.slotExpert[i] == e;
-      int first = atomicAdd(&used, nInstances);
-      RouteExpert{g, s, loads, e, perRank}.pieces(s.pieces + first);
-      s.firstPiece[e] = first;
-    } else {
-      int32_t before = 0;
-      for (int src = 0; src < g.rank; src++) before += __ldcg(loads + int64_t(src) * p.nExperts + e);
-      s.pieces[e] = {0x7fffffff, e / perRank, s.masterRow[e] + before};
+// Gives each replicated expert room for a run per instance, in order of expert: a scan by the first warp.
+__device__ void routeReserve(const RouteShared &s, int nExperts, int nSlots) {
+  if (threadIdx.x < kWarp) {
+    int lane = threadIdx.x;
+    int64_t used = nExperts, total;
+    for (int first = 0; first < nExperts; first += kWarp) {
+      int e = first + lane;
+      bool replicated = e < nExperts && s.firstPiece[e] != e;
+      int n = 0;
+      if (__any_sync(kFullWarp, replicated))
+        for (int i = 0; i < nSlots; i++) n += replicated && s.plan.slotExpert[i] == e;
+      int64_t at = used + warpScan(replicated ? n + 1 : 0, &total);
+      if (replicated) s.firstPiece[e] = int32_t(at);
+      used += total;
     }
   }
   __syncthreads();
 }
 
+__device__ void routePieces(const kernelGroup_t &g, const RouteShared &s, const int32_t *loads) {
+  const kernelPlanner_t &p = g.planner;
+  int perRank = p.perRank, nSlots = p.nRanks * p.nSlots, lane = threadIdx.x % kWarp;
+  // Where an expert's runs begin: its own index, or after all of those, twice the slots before its first one.
+  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) s.firstPiece[e] = e;
+  __syncthreads();
+  for (int i = threadIdx.x; i < nSlots; i += blockDim.x)
+    if (s.plan.slotExpert[i] >= 0) s.firstPiece[s.plan.slotExpert[i]] = 0x7fffffff;
+  __syncthreads();
+  routeReserve(s, p.nExperts, nSlots);
+  for (int e = threadIdx.x / kWarp; e < p.nExperts; e += blockDim.x / kWarp)
+    if (s.firstPiece[e] != e) RouteExpert{g, s, loads, e, lane}.pieces(s.pieces + s.firstPiece[e]);
+  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) {
+    if (s.firstPiece[e] != e) continue;
+    int32_t before = 0;
+#pragma unroll 8
+    for (int src = 0; src < g.rank; src++) before += loads[int64_t(src) * p.nExperts + e];
+    s.pieces[e] = {0x7fffffff, e / perRank, s.masterRow[e] + before};
+  }
+  __syncthreads();
+}
+
+// Tells each row's rank the row's part in its token; returns the place with what the token's own rank must
+// know of it.
+__device__ kernelPlace_t routeMeta(const kernelGroup_t &g, const kernelRoute_t &route, kernelPlace_t place,
+                                   float weight, int topK) {
+  int lane = threadIdx.x % kWarp, key = place.rank < 0 ? -1 - lane : (lane / topK) << 16 | place.rank;
+  unsigned group = __match_any_sync(kFullWarp, key), later = group & ~((2u << lane) - 1);
+  int next = __shfl_sync(kFullWarp, place.row, later ? __ffs(later) - 1 : lane);
+  bool first = (group & ((1u << lane) - 1)) == 0;
+  if (place.rank < 0) return place;
+  auto *meta = reinterpret_cast<kernelMeta_t *>(g.windows[place.rank] + route.metaOffset);
+  meta[place.row] = {later ? next : -1, first, weight, 0};
+  if (!first) place.rank |= KERNEL_PLACE_LATER;
+  if (__popc(group) > 1) place.rank |= KERNEL_PLACE_SHARED;
+  return place;
+}
+
 __device__ void routePlaces(const kernelGroup_t &g, const kernelRoute_t &route, const RouteShared &s,
-                            const int32_t *topkIdx, const float *topkWeights, int nTokens) {
+                            const int32_t *topkIdx, const float *topkWeights, int nTokens,
+                            const int (&cached)[kCachedSteps]) {
   int nExperts = g.planner.nExperts, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   WarpTokens w(g, nTokens, s.nWarps);
   uint32_t *position = s.counts + warp * nExperts;
-  for (int token = w.from; token < w.to; token += w.perStep) {
-    int64_t at = w.entry(token);
-    int e = at < 0 ? -1 : topkIdx[at];
-    float weight = at >= 0 && topkWeights ? topkWeights[at] : 1.0f;
+  auto place = [&](int64_t at, int e, float weight) {
     unsigned same = __match_any_sync(kFullWarp, e);
     int earlier = __popc(same & ((1u << lane) - 1));
     kernelPlace_t place = {-1, -1};
@@ -259,45 +337,50 @@ __device__ void routePlaces(const kernelGroup_t &g, const kernelRoute_t &route, 
     __syncwarp();
     if (e >= 0 && earlier == 0) position[e] += __popc(same);
     __syncwarp();
-    if (g.usesMeta) {
-      int key = place.rank < 0 ? -1 - lane : (lane / w.topK) << 16 | place.rank;
-      unsigned group = __match_any_sync(kFullWarp, key);
-      unsigned later = group & ~((2u << lane) - 1);
-      int next = __shfl_sync(kFullWarp, place.row, later ? __ffs(later) - 1 : lane);
-      bool first = (group & ((1u << lane) - 1)) == 0;
-      if (place.rank >= 0) {
-        auto *meta = reinterpret_cast<kernelMeta_t *>(g.windows[place.rank] + route.metaOffset);
-        meta[place.row] = {later ? next : -1, first, weight, 0};
-        if (!first) place.rank |= KERNEL_PLACE_LATER;
-        if (__popc(group) > 1) place.rank |= KERNEL_PLACE_SHARED;
-      }
-    }
-    if (at >= 0) {
-      route.places[at] = place;
-      route.weights[at] = weight;
-    }
+    if (g.usesMeta) place = routeMeta(g, route, place, weight, w.topK);
+    if (at < 0) return;
+    route.places[at] = place;
+    route.weights[at] = weight;
+  };
+  auto weightAt = [&](int64_t at) { return at >= 0 && topkWeights ? topkWeights[at] : 1.0f; };
+  float weights[kCachedSteps];
+#pragma unroll
+  for (int i = 0; i < kCachedSteps; i++) {
+    int token = w.from + i * w.perStep;
+    weights[i] = token < w.to ? weightAt(w.entry(token)) : 1.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kCachedSteps; i++) {
+    int token = w.from + i * w.perStep;
+    if (token < w.to) place(w.entry(token), cached[i], weights[i]);
+  }
+  for (int token = w.from + kCachedSteps * w.perStep; token < w.to; token += w.perStep) {
+    int64_t at = w.entry(token);
+    place(at, at < 0 ? -1 : topkIdx[at], weightAt(at));
   }
 }
 
-// Tells how the update came out. By one thread.
+// Tells how the update came out; the host's copy is whole once its last word, nUpdates and code, is there. By
+// one thread.
 __device__ void routeConclude(const kernelRoute_t &route, kernelRouteStatus_t status) {
   status.nUpdates = route.status->nUpdates + 1;
-  status.reserved = 0;
   *route.status = status;
-  volatile kernelRouteStatus_t *host = route.hostStatus;
-  host->code = status.code;
-  host->rank = status.rank;
-  host->rows = status.rows;
-  __threadfence_system();
-  host->nUpdates = status.nUpdates;
+  if (status.code != kSuccess) { // nobody reads the rest of a success
+    volatile kernelRouteStatus_t *host = route.hostStatus;
+    host->rank = status.rank;
+    host->rows = status.rows;
+    __threadfence_system();
+  }
+  *reinterpret_cast<volatile uint64_t *>(&route.hostStatus->code) =
+      uint64_t(uint32_t(status.nUpdates)) << 32 | uint32_t(status.code);
 }
 
 // What the host sees of the route: segments, loads, status. By block 0.
 __device__ void routeReport(const kernelGroup_t &g, const kernelRoute_t &route, const RouteShared &s,
                             const int32_t *loads, kernelRouteStatus_t status) {
   const kernelPlanner_t &p = g.planner;
-  int perRank = p.nExperts / p.nRanks;
-  for (int i = threadIdx.x; i < p.nRanks * p.nExperts; i += blockDim.x) route.loads[i] = __ldcg(loads + i);
+  int perRank = p.perRank;
+  for (int i = threadIdx.x; i < p.nRanks * p.nExperts; i += blockDim.x) route.loads[i] = loads[i];
   if (status.code == kSuccess) {
     for (int i = threadIdx.x; i < g.nSegments; i += blockDim.x) {
       int slot = g.rank * p.nSlots + i - perRank, e = g.rank * perRank + i;
@@ -312,44 +395,58 @@ __device__ void routeReport(const kernelGroup_t &g, const kernelRoute_t &route, 
   if (threadIdx.x == 0) routeConclude(route, status);
 }
 
+// The load matrix of this call, in shared memory where there is room for it.
+__device__ const int32_t *routeStage(const kernelGroup_t &g, const RouteShared &s, uint32_t call) {
+  int64_t n = int64_t(g.planner.nRanks) * g.planner.nExperts;
+  auto *loads = reinterpret_cast<const int32_t *>(g.windows[g.rank] + g.loadsOffset) + (call & 1) * n;
+  if (!s.staged) return loads;
+  if (n % 4 == 0) {
+    for (int i = threadIdx.x; i < n / 4; i += blockDim.x)
+      reinterpret_cast<int4 *>(s.staged)[i] = reinterpret_cast<const int4 *>(loads)[i];
+  } else {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) s.staged[i] = loads[i];
+  }
+  __syncthreads();
+  return s.staged;
+}
+
 __global__ void __launch_bounds__(kRouteThreads, 1)
     routeKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                 const int32_t *__restrict__ topkIdx, const float *__restrict__ topkWeights, int nTokens,
-                int nWarps) {
-  extern __shared__ __align__(16) char memory[];
+                int nWarps, bool stage) {
   __shared__ PlanShared shared;
   const kernelPlanner_t &p = g.planner;
   RouteShared s;
-  s.carve(memory, p.nRanks, p.nExperts, p.nSlots, nWarps);
+  s.carve(p.nRanks, p.nExperts, p.nSlots, nWarps, stage);
   uint32_t call = g.state->routeCalls + 1;
   int bad = -1;
   int64_t needed = 0;
 
-  routeCount(g, s, topkIdx, nTokens);
+  int cached[kCachedSteps];
+  routeCount(g, s, topkIdx, nTokens, cached);
   bool alive = gridBarrier(g, 0, KERNEL_PHASE_ROUTE);
   if (alive) {
     routePublish(g, s, call);
     alive = waitFlags(g, KERNEL_FLAG_ROUTE, call, KERNEL_PHASE_ROUTE, 0, &bad);
   }
   if (alive) {
-    auto *loads = reinterpret_cast<const int32_t *>(g.windows[g.rank] + g.loadsOffset) +
-                  int64_t(call & 1) * p.nRanks * p.nExperts;
-    kernelRouteStatus_t status = {kSuccess, -1, 0};
+    const int32_t *loads = routeStage(g, s, call);
+    kernelRouteStatus_t status = {kSuccess, 0, -1, 0, 0};
     if (bad < 0) {
       planBlock(p, s.plan, shared, loads);
       int overfull = routeSegments(g, s, &needed);
-      if (overfull >= 0) status = {kCapacityExceeded, overfull, needed};
+      if (overfull >= 0) status = {kCapacityExceeded, 0, overfull, 0, needed};
     } else {
       status = {*reinterpret_cast<volatile uint32_t *>(&g.state->badEntry) ? kInvalidArgument : kRemoteError,
                 bad, 0};
     }
     if (status.code == kSuccess) {
       routePieces(g, s, loads);
-      routePlaces(g, route, s, topkIdx, topkWeights, nTokens);
+      routePlaces(g, route, s, topkIdx, topkWeights, nTokens, cached);
     }
     if (blockIdx.x == 0) routeReport(g, route, s, loads, status);
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
-    routeConclude(route, {g.state->failed, -1, 0});
+    routeConclude(route, {g.state->failed, 0, -1, 0, 0});
   }
   if (lastBlockOut(g) && threadIdx.x == 0) {
     g.state->badEntry = 0;
@@ -373,22 +470,18 @@ int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
                       const float *topkWeights, int32_t nTokens, cudaStream_t stream) {
   using namespace ultraep;
   const kernelPlanner_t &p = group->planner;
-  int device, limit;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
+  size_t limit = size_t(group->sharedBytes);
   // As many counting warps as shared memory holds; a block for every few tokens, up to the group's limit.
   size_t fixed = RouteShared::fixedBytes(p.nRanks, p.nExperts, p.nSlots) + 16,
          perWarp = sizeof(uint32_t) * p.nExperts;
-  if (kernelRouteSharedBytes(&p) > size_t(limit)) return cudaErrorInvalidConfiguration;
-  int nWarps = int(std::min<size_t>(kRouteWarps, (size_t(limit) - kStaticShared - fixed) / perWarp));
+  if (kernelRouteSharedBytes(&p) > limit) return cudaErrorInvalidConfiguration;
+  int nWarps = int(std::min<size_t>(kRouteWarps, (limit - kStaticShared - fixed) / perWarp));
   int perStep = kWarp / group->topK, wanted = (nTokens + nWarps * perStep - 1) / (nWarps * perStep);
   int nBlocks = std::max(1, std::min(group->nBlocks, wanted));
-  size_t bytes = fixed + perWarp * nWarps;
-  error = cudaFuncSetAttribute(routeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (error != cudaSuccess) return error;
+  size_t bytes = fixed + perWarp * nWarps, matrix = sizeof(int32_t) * p.nRanks * p.nExperts + 16;
+  bool stage = bytes + matrix <= limit - kStaticShared;
+  if (stage) bytes += matrix;
   routeKernel<<<nBlocks, kRouteThreads, bytes, stream>>>(*group, *route, topkIdx, topkWeights, nTokens,
-                                                         nWarps);
+                                                         nWarps, stage);
   return cudaGetLastError();
 }

@@ -18,6 +18,7 @@ static kernelPlanner_t device_planner(const ultraepPlannerConfig_t *config) {
                            .nSlots = config->nSlots,
                            .nDomainRanks = config->nDomainRanks ? config->nDomainRanks : config->nRanks,
                            .relayCopies = config->relayCopies,
+                           .perRank = config->nExperts / config->nRanks,
                            .tolerancePpm = config->tolerancePpm,
                            .rowPs = config->rowPs,
                            .copyPs = config->copyPs};
