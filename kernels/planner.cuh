@@ -339,6 +339,54 @@ template <int kSpan> struct RegisterFill {
     }
   }
 
+  // Fills the lightest rank; false when no rank is light or none is heavy. Both are picked at once; mostly
+  // the heaviest rank has one expert that covers the whole deficit, and everything else goes the general way.
+  __device__ bool step(uint32_t target) {
+    uint32_t lightest = light[0], heaviest = heavy[0];
+    int lightAt = 0, heavyAt = 0;
+#pragma unroll
+    for (int i = 1; i < kSpan; i++) {
+      if (light[i] > lightest) lightAt = i;
+      if (heavy[i] > heaviest) heavyAt = i;
+      lightest = max(lightest, light[i]);
+      heaviest = max(heaviest, heavy[i]);
+    }
+    uint32_t bestLight = warpMax(lightest), bestHeavy = warpMax(heaviest);
+    if (bestLight == 0 || bestHeavy == 0) return false;
+    int lightLane = warpFirst(lightest == bestLight), heavyLane = warpFirst(heaviest == bestHeavy);
+    lightAt = __shfl_sync(kFullWarp, lightAt, lightLane);
+    heavyAt = __shfl_sync(kFullWarp, heavyAt, heavyLane);
+    int receiver = first + lightLane * kSpan + lightAt, donor = first + heavyLane * kSpan + heavyAt;
+    uint32_t want = target - ~bestLight;
+#pragma unroll
+    for (int i = 0; i < kSpan; i++)
+      if (lane == lightLane && i == lightAt) light[i] = 0;
+    uint32_t rem = lane < perRank ? uint32_t(a.rem[donor * perRank + lane]) : 0;
+    uint32_t cover = rem >= want ? rem : 0xffffffffu, least = warpMin(cover);
+    if (perRank > kWarp || least == 0xffffffffu) {
+      fillReceiver(receiver, target, ~bestLight);
+      return true;
+    }
+    int owner = warpFirst(cover == least);
+    uint32_t left = bestHeavy - want;
+    if (lane == owner) {
+      a.rem[donor * perRank + lane] = rem - want;
+      a.slotExpert[receiver * p.nSlots] = donor * perRank + lane;
+      a.slotQuota[receiver * p.nSlots] = want;
+      a.slotCount[receiver] = 1;
+      a.rankLoad[receiver] = target;
+      a.rankLoad[donor] = left;
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan; i++) {
+      if (lane != heavyLane || i != heavyAt) continue;
+      heavy[i] = left > target ? left : 0;
+      if (left < target) light[i] = ~left;
+    }
+    __syncwarp();
+    return true;
+  }
+
   __device__ Outcome run(int64_t target64) {
     uint32_t target = uint32_t(min(target64, int64_t(0x7fffffff)));
     __syncwarp();
@@ -354,16 +402,7 @@ template <int kSpan> struct RegisterFill {
     }
     for (int e = first * perRank + lane; e < end * perRank; e += kWarp) a.rem[e] = a.expertLoad[e];
     __syncwarp();
-    while (p.nSlots > 0) {
-      uint32_t any = heavy[0], key;
-#pragma unroll
-      for (int i = 1; i < kSpan; i++) any |= heavy[i];
-      int receiver = pick(light, &key);
-      if (receiver < 0 || !__any_sync(kFullWarp, any != 0)) break;
-#pragma unroll
-      for (int i = 0; i < kSpan; i++)
-        if (rankOf(i) == receiver) light[i] = 0;
-      fillReceiver(receiver, target, ~key);
+    while (p.nSlots > 0 && step(target)) {
     }
     __syncwarp();
     uint32_t most = 0, nReplicas = 0;
@@ -509,6 +548,17 @@ __device__ __noinline__ void planSearch(const kernelPlanner_t &p, const PlanArra
   planTarget<Fill>(p, a, shared, bestTarget);
 }
 
+__device__ __forceinline__ int64_t warpSum(int64_t value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+  return value;
+}
+
+// 64-bit division is a long subroutine; sums mostly fit 32 bits.
+__device__ __forceinline__ int64_t ceilDivide(int64_t sum, int n) {
+  if (sum <= 0x7fffffff) return (uint32_t(sum) + uint32_t(n) - 1) / uint32_t(n);
+  return (sum + n - 1) / n;
+}
+
 // Sums the load matrix [R][E], in global or shared memory, by expert and rank.
 __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
                                     const int32_t *loads) {
@@ -526,7 +576,7 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
   __syncthreads();
   for (int column = threadIdx.x % lanes; column < columns && from < to; column += lanes) {
     int64_t sum[4] = {};
-#pragma unroll 8
+#pragma unroll 4
     for (int src = from; src < to; src++) {
       const int32_t *at = loads + int64_t(src) * p.nExperts + column * wide;
       if (wide == 4) {
@@ -550,20 +600,27 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
   for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x)
     a.expertLoad[e] = (int64_t(halves[2 * e + 1]) << 22) + halves[2 * e];
   __syncthreads();
+#pragma unroll 1
+  for (int r = warp; r < p.nRanks; r += blockDim.x / kWarp) {
+    int64_t sum = 0;
+#pragma unroll 1
+    for (int i = lane; i < perRank; i += kWarp) sum += a.expertLoad[r * perRank + i];
+    sum = warpSum(sum);
+    if (lane == 0) a.rankBefore[r] = sum;
+  }
+  __syncthreads();
   int64_t total = 0, most = 0, mean = 0; // of the domains that this warp looks at
+#pragma unroll 1
   for (int d = warp; warp < nWarps && d < p.nRanks / p.nDomainRanks; d += nWarps) {
     int64_t domain = 0;
+#pragma unroll 1
     for (int r = d * p.nDomainRanks + lane; r < (d + 1) * p.nDomainRanks; r += kWarp) {
-      int64_t sum = 0;
-#pragma unroll 4
-      for (int i = 0; i < perRank; i++) sum += a.expertLoad[r * perRank + i];
-      a.rankBefore[r] = sum;
-      domain += sum;
-      most = max(most, sum);
+      domain += a.rankBefore[r];
+      most = max(most, a.rankBefore[r]);
     }
-    for (int step = kWarp / 2; step > 0; step /= 2) domain += __shfl_xor_sync(kFullWarp, domain, step);
+    domain = warpSum(domain);
     total += domain;
-    mean = max(mean, (domain + p.nDomainRanks - 1) / p.nDomainRanks);
+    mean = max(mean, ceilDivide(domain, p.nDomainRanks));
   }
   most = int64_t(warpMax(uint64_t(most)));
   if (lane == 0 && warp < nWarps) {
@@ -582,8 +639,26 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
     shared.total = all[0];
     shared.before = all[1];
     shared.meanBound = all[2];
-    shared.tolerated = p.tolerancePpm == 0 ? 0 : planTolerated(p, all[0]); // without: the mean's bound
+    // Without a tolerance the mean over all ranks is below the domains' means.
+    shared.tolerated = p.tolerancePpm == 0 ? 0 : planTolerated(p, all[0]);
   }
+  __syncthreads();
+}
+
+// Nothing to move, or nowhere to move it: masters keep everything.
+__device__ inline void planNothing(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared) {
+  for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
+    a.rankLoad[r] = a.rankBefore[r];
+    a.slotCount[r] = 0;
+  }
+  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) a.rem[e] = a.expertLoad[e];
+  for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
+    a.slotExpert[i] = -1;
+    a.slotQuota[i] = 0;
+  }
+  // The target as balancer/search.c tells it: with the cost gate, that of no plan at all.
+  int64_t lowest = max(shared.tolerated, shared.meanBound);
+  if (threadIdx.x == 0) shared.all = {shared.before, p.copyPs == 0 ? lowest : max(shared.before, lowest), 0};
   __syncthreads();
 }
 
@@ -592,6 +667,10 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
 __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
                                  const int32_t *loads) {
   planSumLoads(p, a, shared, loads);
+  if (p.nSlots == 0 || shared.before <= max(shared.tolerated, shared.meanBound)) {
+    planNothing(p, a, shared);
+    return;
+  }
   bool fits = shared.total <= 0x7fffffff;
   if (fits && p.nDomainRanks <= kWarp)
     planSearch<RegisterFill<1>>(p, a, shared);

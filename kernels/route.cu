@@ -76,11 +76,8 @@ struct WarpTokens {
   }
 };
 
-// Entries of a warp's first steps stay in registers between counting and placing.
-constexpr int kCachedSteps = 8;
-
-__device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const int32_t *topkIdx, int nTokens,
-                           int (&cached)[kCachedSteps]) {
+__device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const int32_t *topkIdx,
+                           int nTokens) {
   int nExperts = g.planner.nExperts, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x; i < s.nWarps * nExperts; i += blockDim.x) s.counts[i] = 0;
   WarpTokens w(g, nTokens, s.nWarps);
@@ -92,19 +89,16 @@ __device__ void routeCount(const kernelGroup_t &g, const RouteShared &s, const i
     g.state->badEntry = 1; // every writer writes the same
     return -1;
   };
-  auto count = [&](int e) {
+  int next = w.from < w.to ? read(w.from) : -1;
+  __syncthreads(); // counts are zero
+#pragma unroll 1
+  for (int token = w.from; token < w.to; token += w.perStep) {
+    int e = next;
+    if (token + w.perStep < w.to) next = read(token + w.perStep);
     unsigned same = __match_any_sync(kFullWarp, e);
     if (e >= 0 && lane == __ffs(same) - 1) mine[e] += __popc(same);
     __syncwarp();
-  };
-#pragma unroll
-  for (int i = 0; i < kCachedSteps; i++)
-    cached[i] = w.from + i * w.perStep < w.to ? read(w.from + i * w.perStep) : -1;
-  __syncthreads(); // counts are zero
-#pragma unroll
-  for (int i = 0; i < kCachedSteps; i++)
-    if (w.from + i * w.perStep < w.to) count(cached[i]);
-  for (int token = w.from + kCachedSteps * w.perStep; token < w.to; token += w.perStep) count(read(token));
+  }
   __syncthreads();
   for (int e = threadIdx.x; e < nExperts; e += blockDim.x) {
     uint32_t sum = 0;
@@ -136,7 +130,6 @@ __device__ void routePublish(const kernelGroup_t &g, const RouteShared &s, uint3
   __syncthreads();
   uint32_t bad = *reinterpret_cast<volatile uint32_t *>(&g.state->badEntry);
   for (int i = threadIdx.x; int(blockIdx.x) + i * nBlocks < nRanks; i += blockDim.x) {
-    __threadfence_system();
     storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, KERNEL_FLAG_ROUTE, g.rank),
                        uint64_t(bad) << 32 | call);
   }
@@ -281,18 +274,21 @@ __device__ void routeReserve(const RouteShared &s, int nExperts, int nSlots) {
   __syncthreads();
 }
 
-__device__ void routePieces(const kernelGroup_t &g, const RouteShared &s, const int32_t *loads) {
+__device__ void routePieces(const kernelGroup_t &g, const RouteShared &s, const int32_t *loads,
+                            bool replicas) {
   const kernelPlanner_t &p = g.planner;
   int perRank = p.perRank, nSlots = p.nRanks * p.nSlots, lane = threadIdx.x % kWarp;
   // Where an expert's runs begin: its own index, or after all of those, twice the slots before its first one.
   for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) s.firstPiece[e] = e;
   __syncthreads();
-  for (int i = threadIdx.x; i < nSlots; i += blockDim.x)
-    if (s.plan.slotExpert[i] >= 0) s.firstPiece[s.plan.slotExpert[i]] = 0x7fffffff;
-  __syncthreads();
-  routeReserve(s, p.nExperts, nSlots);
-  for (int e = threadIdx.x / kWarp; e < p.nExperts; e += blockDim.x / kWarp)
-    if (s.firstPiece[e] != e) RouteExpert{g, s, loads, e, lane}.pieces(s.pieces + s.firstPiece[e]);
+  if (replicas) {
+    for (int i = threadIdx.x; i < nSlots; i += blockDim.x)
+      if (s.plan.slotExpert[i] >= 0) s.firstPiece[s.plan.slotExpert[i]] = 0x7fffffff;
+    __syncthreads();
+    routeReserve(s, p.nExperts, nSlots);
+    for (int e = threadIdx.x / kWarp; e < p.nExperts; e += blockDim.x / kWarp)
+      if (s.firstPiece[e] != e) RouteExpert{g, s, loads, e, lane}.pieces(s.pieces + s.firstPiece[e]);
+  }
   for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x) {
     if (s.firstPiece[e] != e) continue;
     int32_t before = 0;
@@ -320,12 +316,11 @@ __device__ kernelPlace_t routeMeta(const kernelGroup_t &g, const kernelRoute_t &
 }
 
 __device__ void routePlaces(const kernelGroup_t &g, const kernelRoute_t &route, const RouteShared &s,
-                            const int32_t *topkIdx, const float *topkWeights, int nTokens,
-                            const int (&cached)[kCachedSteps]) {
+                            const int32_t *topkIdx, const float *topkWeights, int nTokens) {
   int nExperts = g.planner.nExperts, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   WarpTokens w(g, nTokens, s.nWarps);
   uint32_t *position = s.counts + warp * nExperts;
-  auto place = [&](int64_t at, int e, float weight) {
+  auto place = [&](int64_t at, int e, float weight) { // of this lane
     unsigned same = __match_any_sync(kFullWarp, e);
     int earlier = __popc(same & ((1u << lane) - 1));
     kernelPlace_t place = {-1, -1};
@@ -342,21 +337,19 @@ __device__ void routePlaces(const kernelGroup_t &g, const kernelRoute_t &route, 
     route.places[at] = place;
     route.weights[at] = weight;
   };
-  auto weightAt = [&](int64_t at) { return at >= 0 && topkWeights ? topkWeights[at] : 1.0f; };
-  float weights[kCachedSteps];
-#pragma unroll
-  for (int i = 0; i < kCachedSteps; i++) {
-    int token = w.from + i * w.perStep;
-    weights[i] = token < w.to ? weightAt(w.entry(token)) : 1.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < kCachedSteps; i++) {
-    int token = w.from + i * w.perStep;
-    if (token < w.to) place(w.entry(token), cached[i], weights[i]);
-  }
-  for (int token = w.from + kCachedSteps * w.perStep; token < w.to; token += w.perStep) {
-    int64_t at = w.entry(token);
-    place(at, at < 0 ? -1 : topkIdx[at], weightAt(at));
+  // The next step's entries are on their way while this one's are placed.
+  int64_t at = w.from < w.to ? w.entry(w.from) : -1;
+  int e = at < 0 ? -1 : topkIdx[at];
+  float weight = at >= 0 && topkWeights ? topkWeights[at] : 1.0f;
+#pragma unroll 1
+  for (int token = w.from; token < w.to; token += w.perStep) {
+    int64_t atNow = at;
+    int eNow = e;
+    float weightNow = weight;
+    at = token + w.perStep < w.to ? w.entry(token + w.perStep) : -1;
+    e = at < 0 ? -1 : topkIdx[at];
+    weight = at >= 0 && topkWeights ? topkWeights[at] : 1.0f;
+    place(atNow, eNow, weightNow);
   }
 }
 
@@ -422,8 +415,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   int bad = -1;
   int64_t needed = 0;
 
-  int cached[kCachedSteps];
-  routeCount(g, s, topkIdx, nTokens, cached);
+  routeCount(g, s, topkIdx, nTokens);
   bool alive = gridBarrier(g, 0, KERNEL_PHASE_ROUTE);
   if (alive) {
     routePublish(g, s, call);
@@ -438,11 +430,11 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
       if (overfull >= 0) status = {kCapacityExceeded, 0, overfull, 0, needed};
     } else {
       status = {*reinterpret_cast<volatile uint32_t *>(&g.state->badEntry) ? kInvalidArgument : kRemoteError,
-                bad, 0};
+                0, bad, 0, 0};
     }
     if (status.code == kSuccess) {
-      routePieces(g, s, loads);
-      routePlaces(g, route, s, topkIdx, topkWeights, nTokens, cached);
+      routePieces(g, s, loads, shared.all.nReplicas > 0);
+      routePlaces(g, route, s, topkIdx, topkWeights, nTokens);
     }
     if (blockIdx.x == 0) routeReport(g, route, s, loads, status);
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {

@@ -105,8 +105,7 @@ __device__ inline bool gridBarrier(const kernelGroup_t &g, int at, int32_t phase
   __shared__ bool passed;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(&g.state->arrived[at], 1u);
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&g.state->arrived[at]) : "memory");
     uint64_t start = nowNs();
     passed = true;
     for (int polls = 1; loadAcquireDevice(&g.state->arrived[at]) < gridDim.x; polls++) {
@@ -125,9 +124,12 @@ __device__ inline bool lastBlockOut(const kernelGroup_t &g) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence_system();
-    last = atomicAdd(&g.state->left, 1u) == gridDim.x - 1;
-    __threadfence_system();
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(&g.state->left)
+                 : "memory");
+    last = before == gridDim.x - 1;
   }
   __syncthreads();
   return last;
@@ -144,10 +146,8 @@ __device__ inline void resetState(const kernelGroup_t &g, uint32_t *calls, uint3
 // wrote before is visible to who sees the flag.
 __device__ inline void raiseFlags(const kernelGroup_t &g, int kind, uint32_t call, uint32_t word) {
   __syncthreads();
-  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) {
-    __threadfence_system();
+  for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
     storeReleaseSystem(flagOf(g, r, kind, g.rank), uint64_t(word) << 32 | call);
-  }
 }
 
 // Waits for every rank's flag, a thread for each rank; false in every thread when the group failed. Words
