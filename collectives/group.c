@@ -94,7 +94,10 @@ ultraepResult_t ultraepGroupStatus(ultraepGroup_t group, ultraepStatus_t *status
   ultraepStatus_t found;
   group->backend->status(group, &found);
   if (status) *status = found;
-  return found.code == ultraepSuccess ? ultraepSuccess : group->backend->check(group, found.phase);
+  if (found.code == ultraepSuccess) return ultraepSuccess;
+  result = group->backend->check(group, found.phase);
+  return result != ultraepSuccess ? result
+                                  : found.code; /* a route's failure, which leaves the group working */
 }
 
 ultraepResult_t ultraepGroupAbort(ultraepGroup_t group) {

@@ -38,6 +38,7 @@ typedef struct {
   ncclRegion_t window;
   size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
   kernelGroup_t kernel;
+  bool isStuck;     /* a meeting on `stream` timed out and is still pending there */
   cudaEvent_t work; /* after the last call that was enqueued outside a capture */
   void *pinned;     /* mapped: the failure, then the status of each route */
   kernelFailure_t *failure;
@@ -55,6 +56,7 @@ typedef struct {
   kernelRouteStatus_t *status; /* in the group's pinned memory */
   int32_t nUpdates;            /* enqueued; a status of an older update says nothing of this one */
   bool hasWeights;
+  bool isCaptured;    /* an update was captured into a graph */
   int32_t *hostLoads; /* for ultraepRoutePlan */
   void *planWorkspace;
   size_t planBytes;

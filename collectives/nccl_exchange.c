@@ -84,11 +84,18 @@ void nccl_route_destroy(ultraepRoute_t route) {
 ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
                                   int nTokens, cudaStream_t stream) {
   ncclRoute_t *impl = route->impl;
+  enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  (void)cudaStreamIsCapturing(stream, &capture);
+  bool captured = capture != cudaStreamCaptureStatusNone;
+  int32_t number = captured ? 0 : impl->nUpdates + 1;
   cudaError_t error = (cudaError_t)kernelRouteLaunch(&nccl_rank(route->group)->kernel, &impl->kernel, topkIdx,
-                                                     topkWeights, nTokens, stream);
+                                                     topkWeights, nTokens, number, stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, "route");
   nccl_work_enqueued(nccl_rank(route->group), stream);
-  impl->nUpdates++;
+  if (captured)
+    impl->isCaptured = true;
+  else
+    impl->nUpdates = number;
   impl->hasWeights = topkWeights != NULL;
   route->nTokens = nTokens;
   route->planned = true;
@@ -98,8 +105,10 @@ ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, 
 ultraepResult_t nccl_route_check(ultraepRoute_t route) {
   const ncclRoute_t *impl = route->impl;
   const volatile kernelRouteStatus_t *status = impl->status;
-  /* Graph replays update a route without this side's count; an older update says nothing of the last one. */
-  if (!route->planned || status->nUpdates < impl->nUpdates) return ultraepSuccess;
+  /* Only the status of the last update counts, and none once replays of a graph update the route too: ranks
+   * would learn of it at different times, and some would refuse a call that others wait in. The kernels
+   * refuse alike. */
+  if (!route->planned || impl->isCaptured || status->nUpdates != impl->nUpdates) return ultraepSuccess;
   __sync_synchronize();
   const struct ultraepGroup *group = route->group;
   switch (status->code) {
@@ -188,7 +197,7 @@ static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
       .scaleBytes = x->scales.region < 0 ? 0 : group->config.scaleBytes,
       .nTokens = x->route->nTokens,
       .dataType = x->dataType,
-      .weighted = x->weighted && route->hasWeights,
+      .weighted = x->weighted, /* a route without weights holds ones: the same sums */
       .once = dispatch ? group->config.dispatchMode == ULTRAEP_DISPATCH_ONCE
                        : group->config.combineMode == ULTRAEP_COMBINE_PARTIAL,
       .hasWeights = route->hasWeights,

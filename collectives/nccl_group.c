@@ -10,7 +10,7 @@
 
 #define NCCL_DEFAULT_BLOCKS 16 /* SMs a kernel uses unless the config says otherwise */
 
-static const char *const ncclPhases[] = {"", "route", "dispatch", "combine"};
+static const char *const ncclPhases[] = {"", "route", "dispatch", "combine", "memory", "abort"};
 
 ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what) {
   return error_set(ultraepUnhandledCudaError, "%s: %s", what, cudaGetErrorString(error));
@@ -66,9 +66,17 @@ static ultraepResult_t group_wait(ultraepGroup_t group, const char *phase) {
     cudaError_t error = cudaStreamQuery(self->stream);
     if (error == cudaSuccess) return ultraepSuccess;
     if (error != cudaErrorNotReady) return nccl_cuda_error(error, phase);
-    if (group_now_ms() > deadline)
+    if (self->failure->abort)
+      return error_set(ultraepRemoteError, "%s: the group was aborted on this rank", phase);
+    if (group_now_ms() > deadline) {
+      /* NCCL's kernel stays on the stream: nothing may wait for that any more. */
+      self->isStuck = true;
+      self->failure->phase = KERNEL_PHASE_MEMORY;
+      self->failure->rank = -1;
+      __atomic_store_n(&self->failure->code, (int32_t)ultraepTimeout, __ATOMIC_RELEASE);
       return error_set(ultraepTimeout, "%s: a rank did not come within %d ms", phase,
                        group->config.timeoutMs);
+    }
     nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
   }
 }
@@ -125,18 +133,22 @@ static void group_lay_out_window(ultraepGroup_t group) {
   self->windowBytes = self->partialsOffset;
   if (config->combineMode == ULTRAEP_COMBINE_PARTIAL)
     self->windowBytes += nRows * (size_t)config->hidden * (config->dataType == ULTRAEP_FLOAT32 ? 4 : 2);
-  self->kernel.usesMeta = usesMeta;
+  self->kernel.usesMeta = config->combineMode == ULTRAEP_COMBINE_PARTIAL ? 2 : usesMeta;
 }
 
 static ultraepResult_t group_look_at_device(ultraepGroup_t group) {
   ncclRank_t *self = nccl_rank(group);
-  int limit = 0, major = 0;
+  int limit = 0, major = 0, multiprocessors = 0;
   cudaError_t error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, self->device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, self->device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, self->device);
   if (error != cudaSuccess) return nccl_cuda_error(error, "cudaDeviceGetAttribute");
   self->kernel.sharedBytes = limit;
   self->kernel.hasBulk = major >= 9;
+  /* Blocks of one kernel wait for each other, so all of them must be resident. */
+  if (self->kernel.nBlocks > multiprocessors) self->kernel.nBlocks = multiprocessors;
   size_t needed = kernelRouteSharedBytes(&self->kernel.planner);
   if (needed > (size_t)limit)
     return error_set(
@@ -196,13 +208,17 @@ static ultraepResult_t group_allocate(ultraepGroup_t group) {
   return ultraepSuccess;
 }
 
+/* After a meeting that timed out, what NCCL's pending kernel may still touch stays allocated: the
+ * communicator is lost with it, and waiting for it could take for ever. */
 static void group_release(ncclRank_t *self) {
-  for (int i = 0; i < self->nRegions; i++) nccl_region_close(self, &self->regions[i], false);
-  nccl_region_close(self, &self->window, true);
-  nccl_device_free(self, self->agreeBuffer);
-  nccl_device_free(self, self->deviceBlock);
-  if (self->stream) (void)cudaStreamSynchronize(self->stream);
-  (void)cudaFreeHost(self->pinned);
+  if (!self->isStuck) {
+    for (int i = 0; i < self->nRegions; i++) nccl_region_close(self, &self->regions[i], false);
+    nccl_region_close(self, &self->window, true);
+    nccl_device_free(self, self->agreeBuffer);
+    nccl_device_free(self, self->deviceBlock);
+    if (self->stream) (void)cudaStreamSynchronize(self->stream);
+    (void)cudaFreeHost(self->pinned);
+  }
   if (self->work) (void)cudaEventDestroy(self->work);
   if (self->stream) (void)cudaStreamDestroy(self->stream);
   free(self->regions);
@@ -288,6 +304,7 @@ static void group_status(ultraepGroup_t group, ultraepStatus_t *status) {
   } else if (failure->abort) {
     status->code = ultraepRemoteError;
     status->missingRank = group->rank;
+    snprintf(status->phase, sizeof(status->phase), "abort");
   }
   for (int i = 0; i < group->config.maxRoutes && status->code == ultraepSuccess; i++) {
     if (!group->routes[i]) continue;
@@ -297,19 +314,22 @@ static void group_status(ultraepGroup_t group, ultraepStatus_t *status) {
 }
 
 /* Writes one word into every other rank's window, past whatever kernels are doing. */
-static void group_tell(ncclRank_t *self, size_t offset, uint64_t word) {
+static void group_tell(const ncclRank_t *self, size_t offset, uint64_t word) {
+  cudaStream_t tell; /* of its own, and only now: streams share the device's few queues */
+  if (!self->window.peers || cudaStreamCreateWithFlags(&tell, cudaStreamNonBlocking) != cudaSuccess) return;
   for (int r = 0; r < self->nRanks; r++)
     if (r != self->rank)
       (void)cudaMemcpyAsync(self->window.peers[r] + offset, &word, sizeof(word), cudaMemcpyHostToDevice,
-                            self->stream);
-  (void)cudaStreamSynchronize(self->stream);
+                            tell);
+  (void)cudaStreamSynchronize(tell);
+  (void)cudaStreamDestroy(tell);
 }
 
 /* Ends this rank's waits through mapped memory and the peers' through their windows. */
 static void group_abort(ultraepGroup_t group) {
   ncclRank_t *self = nccl_rank(group);
   *(volatile int32_t *)&self->failure->abort = 1;
-  group_tell(self, self->failMarkOffset, (uint64_t)self->rank + 1);
+  group_tell(self, self->failMarkOffset, (uint64_t)ultraepRemoteError << 32 | (uint32_t)(self->rank + 1));
 }
 
 /* Kernels of this rank end within the timeout; peers that wait for this rank afterwards learn that it has

@@ -29,7 +29,9 @@ ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, 
   ncclRegion_t made = {.base = ptr};
   ultraepResult_t result = ultraepSuccess;
   int status = ptr ? 0 : self->nccl->MemAlloc(&made.base, bytes);
-  if (status != 0) result = nccl_nccl_error(self, status, "ncclMemAlloc");
+  if (status != 0)
+    result = error_set(ultraepSystemError, "no device memory: %zu bytes asked for (ncclMemAlloc: %s)", bytes,
+                       self->nccl->GetErrorString(status));
   made.peers = calloc((size_t)self->nRanks, sizeof(*made.peers));
   if (result == ultraepSuccess && !made.peers)
     result = error_set(ultraepSystemError, "no memory for a region");
@@ -83,6 +85,9 @@ void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned) {
 
 ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, size_t bytes) {
   ncclRank_t *self = nccl_rank(group);
+  if ((uintptr_t)ptr % NCCL_WINDOW_ALIGNMENT != 0)
+    return error_set(ultraepInvalidArgument, "ptr = %p is not aligned to %d bytes, as NCCL's windows must be",
+                     ptr, NCCL_WINDOW_ALIGNMENT);
   if (number >= self->nRegions) {
     ncclRegion_t *regions = realloc(self->regions, ((size_t)number + 1) * sizeof(*regions));
     if (!regions) return error_set(ultraepSystemError, "no memory for the table of regions");

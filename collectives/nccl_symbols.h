@@ -7,8 +7,9 @@
 
 typedef struct ncclWindow_vidmem *ncclWindow_t;
 
-#define NCCL_WINDOW_SYMMETRIC 1 /* NCCL_WIN_COLL_SYMMETRIC */
-#define NCCL_TYPE_INT8 0        /* ncclInt8 */
+#define NCCL_WINDOW_SYMMETRIC 1    /* NCCL_WIN_COLL_SYMMETRIC */
+#define NCCL_WINDOW_ALIGNMENT 4096 /* NCCL_WIN_REQUIRED_ALIGNMENT */
+#define NCCL_TYPE_INT8 0           /* ncclInt8 */
 
 typedef struct {
   int (*GetVersion)(int *version);

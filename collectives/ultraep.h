@@ -216,8 +216,9 @@ ULTRAEP_API ultraepResult_t ultraepGroupDestroy(ultraepGroup_t group);
  * to 256 bytes and uninitialised. A rank without the memory gets ultraepSystemError, the others
  * ultraepRemoteError, and the group works on. */
 ULTRAEP_API ultraepResult_t ultraepMemAlloc(ultraepGroup_t group, void **ptr, size_t bytes);
-/* Collective: registers the caller's memory (NCCL backend: from ncclMemAlloc), aligned to 16 bytes, the same
- * number of bytes on every rank. The caller keeps ownership and must not free it before ultraepMemFree. */
+/* Collective: registers the caller's memory (NCCL backend: from ncclMemAlloc, at the same offset of the
+ * allocation on every rank), aligned to 16 bytes (NCCL backend: 4096), the same number of bytes on every
+ * rank. The caller keeps ownership and must not free it before ultraepMemFree. */
 ULTRAEP_API ultraepResult_t ultraepMemRegister(ultraepGroup_t group, void *ptr, size_t bytes);
 /* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. Layers
  * whose weights lie in it are no longer registered. On a failed group ultraepGroupDestroy does it. */

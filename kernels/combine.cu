@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
     bases[r] = x.peerRows[r] + x.peerRowsOffset;
   int warps = blockDim.x / kWarp, first = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp;
-  int stride = int(gridDim.x) * warps, differs;
+  int stride = int(gridDim.x) * warps, differs = -1;
   bool alive = true;
   if (x.once) {
     combinePartials<As, kWeighted>(g, route, x, first, stride);
@@ -188,17 +188,22 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   }
   if (alive && blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, x.check);
   if (alive) alive = waitFlags(g, KERNEL_FLAG_READY, call, KERNEL_PHASE_COMBINE, x.check, &differs);
-  if (alive && differs >= 0) {
-    if (threadIdx.x == 0) failGroup(g, kInvalidUsage, KERNEL_PHASE_COMBINE, differs);
-    alive = false;
-  }
+  bool same = alive && differs < 0; // all ranks see a difference alike, and none goes on
+  int other = differs;
+  if (!same) alive = false;
   if (alive) combineTokens<As, kWeighted>(g, route, x, bases, first, stride);
   if (lastBlockOut(g)) {
-    if (alive) {
+    if (alive && !hasFailed(g)) {
       raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
       waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_COMBINE, x.check, &differs);
     }
-    if (threadIdx.x == 0) resetState(g, &g.state->exchangeCalls, call);
+    if (threadIdx.x == 0) {
+      if (other >= 0 && !hasFailed(g)) {
+        kernelRouteStatus_t status = *route.status;
+        concludeRoute(route, {kInvalidUsage, status.nUpdates, other, 0, 0});
+      }
+      resetState(g, &g.state->exchangeCalls, call);
+    }
   }
 }
 
@@ -229,6 +234,8 @@ int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   int nBlocks =
       exchange->once ? group->nBlocks : int(std::max<int64_t>(1, std::min<int64_t>(group->nBlocks, wanted)));
   size_t bytes = group->planner.nRanks * sizeof(char *);
-  kernel<<<nBlocks, kCombineThreads, bytes, stream>>>(*group, *route, *exchange);
-  return cudaGetLastError();
+  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
+                       const_cast<kernelExchange_t *>(exchange)};
+  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(kCombineThreads), arguments, bytes,
+                          stream);
 }

@@ -227,13 +227,12 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
   DispatchContext c{g, route, x, shape, bases};
   int first = int(blockIdx.x) * shape.nWarps + int(threadIdx.x) / kWarp,
       stride = int(gridDim.x) * shape.nWarps;
-  int differs;
+  int differs = -1;
   if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, x.check);
   bool alive = waitFlags(g, KERNEL_FLAG_READY, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
-  if (alive && differs >= 0) {
-    if (threadIdx.x == 0) failGroup(g, kInvalidUsage, KERNEL_PHASE_DISPATCH, differs);
-    alive = false;
-  }
+  bool same = alive && differs < 0; // all ranks see a difference alike, and none goes on
+  int other = differs;
+  if (!same) alive = false;
   size_t table = (g.planner.nRanks * sizeof(char *) + 127) / 128 * 128;
   int32_t *chains = reinterpret_cast<int32_t *>(memory + table) + int(threadIdx.x) / kWarp * kWarp * g.topK;
   auto work = [&](auto move, auto written) {
@@ -269,11 +268,17 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
         [] {});
   }
   if (lastBlockOut(g)) {
-    if (alive && !x.once) {
+    if (alive && !x.once && !hasFailed(g)) {
       raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
       waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
     }
-    if (threadIdx.x == 0) resetState(g, &g.state->exchangeCalls, call);
+    if (threadIdx.x == 0) {
+      if (other >= 0 && !hasFailed(g)) {
+        kernelRouteStatus_t status = *route.status;
+        concludeRoute(route, {kInvalidUsage, status.nUpdates, other, 0, 0});
+      }
+      resetState(g, &g.state->exchangeCalls, call);
+    }
   }
 }
 
@@ -302,6 +307,8 @@ int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   int nBlocks = std::max(1, std::min(group->nBlocks, (exchange->nTokens + 3) / 4));
   if (exchange->once) nBlocks = group->nBlocks; // the destination's copies are not known here
   auto kernel = bulk ? dispatchKernel<true> : dispatchKernel<false>;
-  kernel<<<nBlocks, shape.nWarps * kWarp, bytes, stream>>>(*group, *route, *exchange, shape);
-  return cudaGetLastError();
+  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
+                       const_cast<kernelExchange_t *>(exchange), &shape};
+  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(shape.nWarps * kWarp), arguments, bytes,
+                          stream);
 }

@@ -51,16 +51,21 @@ int kernelsLoad(void);
 
 /* ---- a rank's part of a group ---- */
 
-/* GONE: set by a rank that leaves the group; ends waits for that rank. After the flags comes one word, the
- * failure mark: rank + 1 of a rank that failed or aborted; ends every wait. */
+/* ROUTE has two kinds, by parity of the call, since a fast rank may be one call ahead; META: metadata of a route has
+ * arrived. GONE: set by a rank that leaves the group; ends waits for that rank. After the flags comes one word, the
+ * failure mark: code << 32 | rank + 1 of the rank to blame; ends every wait. */
 enum {
   KERNEL_FLAG_ROUTE = 0,
-  KERNEL_FLAG_READY = 1,
-  KERNEL_FLAG_DONE = 2,
-  KERNEL_FLAG_GONE = 3,
-  KERNEL_FLAG_KINDS = 4
+  KERNEL_FLAG_READY = 2,
+  KERNEL_FLAG_DONE = 3,
+  KERNEL_FLAG_META = 4,
+  KERNEL_FLAG_GONE = 5,
+  KERNEL_FLAG_KINDS = 6
 };
-enum { KERNEL_PHASE_NONE = 0, KERNEL_PHASE_ROUTE = 1, KERNEL_PHASE_DISPATCH = 2, KERNEL_PHASE_COMBINE = 3 };
+enum { KERNEL_PHASE_NONE = 0, KERNEL_PHASE_ROUTE = 1, KERNEL_PHASE_DISPATCH = 2, KERNEL_PHASE_COMBINE = 3,
+  KERNEL_PHASE_MEMORY = 4,
+  KERNEL_PHASE_ABORT = 5
+};
 
 /* Why a group stopped, in host memory mapped to the device: the kernels write, the host reads without
  * waiting. */
@@ -93,7 +98,8 @@ typedef struct {
 /* A rank's view of its group; passed to kernels by value. */
 typedef struct {
   kernelPlanner_t planner;
-  int32_t rank, topK, alignment, usesMeta;
+  int32_t rank, topK, alignment;
+  int32_t usesMeta; /* 1: rows' parts in their tokens travel; 2: and are needed before the next exchange */
   int32_t nSegments;   /* E/R + the config's S */
   int32_t nBlocks;     /* at most, of one kernel */
   int32_t sharedBytes; /* of a block at most, on this device */
@@ -119,7 +125,7 @@ typedef struct {
 /* How an update of a route came out. code and nUpdates are one 64-bit word, written last. */
 typedef struct {
   int32_t code;     /* ultraepResult_t */
-  int32_t nUpdates; /* that the route has had */
+  int32_t nUpdates; /* the number of the update that was enqueued last; replays of a graph do not count */
   int32_t rank;     /* whose capacity or entry it was, -1 if none */
   int32_t reserved;
   int64_t rows; /* that this rank would need */
@@ -140,9 +146,9 @@ typedef struct {
 /* Bytes of shared memory that a route needs at least; more than the device's limit per block cannot be
  * launched. */
 size_t kernelRouteSharedBytes(const kernelPlanner_t *planner);
-/* Count, publish, plan, offsets. topkWeights may be null. */
+/* Count, publish, plan, offsets. topkWeights may be null. number: of this update, 0 when captured into a graph. */
 int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const int32_t *topkIdx,
-                      const float *topkWeights, int32_t nTokens, cudaStream_t stream);
+                      const float *topkWeights, int32_t nTokens, int32_t number, cudaStream_t stream);
 
 /* ---- the exchange ---- */
 

@@ -30,8 +30,9 @@ int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kerne
   cudaError_t error =
       cudaFuncSetAttribute(ultraep::planKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return error;
-  ultraep::planKernel<<<1, 512, bytes, stream>>>(*planner, loads, plan);
-  return cudaGetLastError();
+  void *arguments[] = {const_cast<kernelPlanner_t *>(planner), &loads, &plan};
+  return cudaLaunchKernel(ultraep::kernelAddress(ultraep::planKernel), dim3(1), dim3(512), arguments, bytes,
+                          stream);
 }
 
 int kernelsLoad(void) {

@@ -130,7 +130,7 @@ __device__ void routePublish(const kernelGroup_t &g, const RouteShared &s, uint3
   __syncthreads();
   uint32_t bad = *reinterpret_cast<volatile uint32_t *>(&g.state->badEntry);
   for (int i = threadIdx.x; int(blockIdx.x) + i * nBlocks < nRanks; i += blockDim.x) {
-    storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, KERNEL_FLAG_ROUTE, g.rank),
+    storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, KERNEL_FLAG_ROUTE + int(call & 1), g.rank),
                        uint64_t(bad) << 32 | call);
   }
 }
@@ -353,21 +353,6 @@ __device__ void routePlaces(const kernelGroup_t &g, const kernelRoute_t &route, 
   }
 }
 
-// Tells how the update came out; the host's copy is whole once its last word, nUpdates and code, is there. By
-// one thread.
-__device__ void routeConclude(const kernelRoute_t &route, kernelRouteStatus_t status) {
-  status.nUpdates = route.status->nUpdates + 1;
-  *route.status = status;
-  if (status.code != kSuccess) { // nobody reads the rest of a success
-    volatile kernelRouteStatus_t *host = route.hostStatus;
-    host->rank = status.rank;
-    host->rows = status.rows;
-    __threadfence_system();
-  }
-  *reinterpret_cast<volatile uint64_t *>(&route.hostStatus->code) =
-      uint64_t(uint32_t(status.nUpdates)) << 32 | uint32_t(status.code);
-}
-
 // What the host sees of the route: segments, loads, status. By block 0.
 __device__ void routeReport(const kernelGroup_t &g, const kernelRoute_t &route, const RouteShared &s,
                             const int32_t *loads, kernelRouteStatus_t status) {
@@ -385,7 +370,6 @@ __device__ void routeReport(const kernelGroup_t &g, const kernelRoute_t &route, 
     }
     if (threadIdx.x == 0) *route.totalRows = s.plan.largest[g.rank];
   }
-  if (threadIdx.x == 0) routeConclude(route, status);
 }
 
 // The load matrix of this call, in shared memory where there is room for it.
@@ -406,7 +390,7 @@ __device__ const int32_t *routeStage(const kernelGroup_t &g, const RouteShared &
 __global__ void __launch_bounds__(kRouteThreads, 1)
     routeKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                 const int32_t *__restrict__ topkIdx, const float *__restrict__ topkWeights, int nTokens,
-                int nWarps, bool stage) {
+                int nWarps, bool stage, int number) {
   __shared__ PlanShared shared;
   const kernelPlanner_t &p = g.planner;
   RouteShared s;
@@ -419,11 +403,11 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   bool alive = gridBarrier(g, 0, KERNEL_PHASE_ROUTE);
   if (alive) {
     routePublish(g, s, call);
-    alive = waitFlags(g, KERNEL_FLAG_ROUTE, call, KERNEL_PHASE_ROUTE, 0, &bad);
+    alive = waitFlags(g, KERNEL_FLAG_ROUTE + int(call & 1), call, KERNEL_PHASE_ROUTE, 0, &bad);
   }
+  kernelRouteStatus_t status = {kSuccess, 0, -1, 0, 0};
   if (alive) {
     const int32_t *loads = routeStage(g, s, call);
-    kernelRouteStatus_t status = {kSuccess, 0, -1, 0, 0};
     if (bad < 0) {
       planBlock(p, s.plan, shared, loads);
       int overfull = routeSegments(g, s, &needed);
@@ -437,10 +421,17 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
       routePlaces(g, route, s, topkIdx, topkWeights, nTokens);
     }
     if (blockIdx.x == 0) routeReport(g, route, s, loads, status);
-  } else if (blockIdx.x == 0 && threadIdx.x == 0) {
-    routeConclude(route, {g.state->failed, 0, -1, 0, 0});
   }
-  if (lastBlockOut(g) && threadIdx.x == 0) {
+  if (!lastBlockOut(g)) return;
+  int ignored;
+  if (g.usesMeta == 2 && alive && status.code == kSuccess) {
+    raiseFlags(g, KERNEL_FLAG_META, call, 0);
+    waitFlags(g, KERNEL_FLAG_META, call, KERNEL_PHASE_ROUTE, 0, &ignored);
+  }
+  if (threadIdx.x == 0) {
+    if (hasFailed(g)) status = {g.state->failed, 0, -1, 0, 0};
+    status.nUpdates = number != 0 ? number : route.status->nUpdates;
+    concludeRoute(route, status);
     g.state->badEntry = 0;
     resetState(g, &g.state->routeCalls, call);
   }
@@ -459,7 +450,7 @@ size_t kernelRouteSharedBytes(const kernelPlanner_t *p) {
 }
 
 int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const int32_t *topkIdx,
-                      const float *topkWeights, int32_t nTokens, cudaStream_t stream) {
+                      const float *topkWeights, int32_t nTokens, int32_t number, cudaStream_t stream) {
   using namespace ultraep;
   const kernelPlanner_t &p = group->planner;
   size_t limit = size_t(group->sharedBytes);
@@ -473,7 +464,14 @@ int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
   size_t bytes = fixed + perWarp * nWarps, matrix = sizeof(int32_t) * p.nRanks * p.nExperts + 16;
   bool stage = bytes + matrix <= limit - kStaticShared;
   if (stage) bytes += matrix;
-  routeKernel<<<nBlocks, kRouteThreads, bytes, stream>>>(*group, *route, topkIdx, topkWeights, nTokens,
-                                                         nWarps, stage);
-  return cudaGetLastError();
+  void *arguments[] = {const_cast<kernelGroup_t *>(group),
+                       const_cast<kernelRoute_t *>(route),
+                       &topkIdx,
+                       &topkWeights,
+                       &nTokens,
+                       &nWarps,
+                       &stage,
+                       &number};
+  return cudaLaunchKernel(kernelAddress(routeKernel), dim3(nBlocks), dim3(kRouteThreads), arguments, bytes,
+                          stream);
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ bool hasFailed(const kernelGroup_t &g) {
   return *reinterpret_cast<const volatile int32_t *>(&g.state->failed) != 0;
 }
 
-// The first failure stands: recorded for the host, told to every peer. By one thread.
+// The first failure stands: recorded for the host, told to every peer with the rank to blame. By one thread.
 __device__ inline void failGroup(const kernelGroup_t &g, int32_t code, int32_t phase, int32_t rank) {
   if (atomicCAS(&g.state->failed, 0, code) != 0) return;
   volatile kernelFailure_t *failure = g.failure;
@@ -63,39 +63,46 @@ __device__ inline void failGroup(const kernelGroup_t &g, int32_t code, int32_t p
   failure->code = code;
   __threadfence_system();
   for (int r = 0; r < g.planner.nRanks; r++)
-    if (r != g.rank) storeReleaseSystem(failMarkOf(g, r), uint64_t(g.rank) + 1);
+    if (r != g.rank)
+      storeReleaseSystem(failMarkOf(g, r), uint64_t(uint32_t(code)) << 32 | uint32_t(rank + 1));
 }
 
-// One look at everything else that ends a wait. By one thread.
-__device__ inline bool waitIsOver(const kernelGroup_t &g, uint64_t start, int32_t phase, int32_t rank) {
+// What ends a wait besides its flag: a failure here or told by a peer, and, where the host is looked at too
+// (which takes a microsecond or more), an abort. By one thread.
+__device__ inline bool groupIsOver(const kernelGroup_t &g, int32_t phase, bool lookAtHost) {
   if (hasFailed(g)) return true;
   uint64_t mark = loadAcquireSystem(failMarkOf(g, g.rank));
   if (mark != 0) {
-    failGroup(g, kRemoteError, phase, int32_t(mark) - 1);
-  } else if (loadAcquireSystem(flagOf(g, g.rank, KERNEL_FLAG_GONE, rank)) != 0) {
-    failGroup(g, kRemoteError, phase, rank);
-  } else if (*reinterpret_cast<const volatile int32_t *>(&g.failure->abort) != 0) {
-    failGroup(g, kRemoteError, phase, g.rank);
-  } else if (nowNs() - start > g.timeoutNs) {
-    failGroup(g, kTimeout, phase, rank);
+    int32_t code = int32_t(mark >> 32), culprit = int32_t(uint32_t(mark)) - 1;
+    // A rank that is blamed for not coming did not wait itself: the others gave up.
+    failGroup(g, code == kTimeout && culprit == g.rank ? kRemoteError : code, phase, culprit);
+  } else if (lookAtHost && *reinterpret_cast<const volatile int32_t *>(&g.failure->abort) != 0) {
+    failGroup(g, kRemoteError, KERNEL_PHASE_ABORT, g.rank);
   }
   return hasFailed(g);
 }
 
 constexpr int kPollsBetweenLooks = 1024;
 
-// Waits until `flag` has counted `call`; false when the group failed instead. The flag's high half goes to
-// *word.
+// Waits until rank's flag has counted `call`; false when the group failed instead. The flag's high half goes
+// to *word.
 __device__ inline bool waitFlag(const kernelGroup_t &g, const uint64_t *flag, uint32_t call, int32_t phase,
                                 int32_t rank, uint32_t *word) {
   uint64_t start = nowNs();
   for (int polls = 1;; polls++) {
+    bool look = polls % kPollsBetweenLooks == 0;
+    bool gone = look && loadAcquireSystem(flagOf(g, g.rank, KERNEL_FLAG_GONE, rank)) !=
+                            0; // before the flag's last look
     uint64_t value = loadAcquireSystem(flag);
     if (int32_t(uint32_t(value) - call) >= 0) {
       *word = uint32_t(value >> 32);
       return true;
     }
-    if (polls % kPollsBetweenLooks == 0 && waitIsOver(g, start, phase, rank)) return false;
+    if (!look) continue;
+    if (groupIsOver(g, phase, true)) return false;
+    if (gone) failGroup(g, kRemoteError, phase, rank);
+    if (nowNs() - start > g.timeoutNs) failGroup(g, kTimeout, phase, rank);
+    if (hasFailed(g)) return false;
   }
 }
 
@@ -109,7 +116,10 @@ __device__ inline bool gridBarrier(const kernelGroup_t &g, int at, int32_t phase
     uint64_t start = nowNs();
     passed = true;
     for (int polls = 1; loadAcquireDevice(&g.state->arrived[at]) < gridDim.x; polls++) {
-      if (polls % kPollsBetweenLooks == 0 && waitIsOver(g, start, phase, g.rank)) {
+      if (polls % kPollsBetweenLooks != 0) continue;
+      if (!groupIsOver(g, phase, true) && nowNs() - start > g.timeoutNs)
+        failGroup(g, kTimeout, phase, g.rank);
+      if (hasFailed(g)) {
         passed = false;
         break;
       }
@@ -142,6 +152,20 @@ __device__ inline void resetState(const kernelGroup_t &g, uint32_t *calls, uint3
   *calls = call;
 }
 
+// Sets a route's status; the host's copy is whole once its last word, nUpdates and code, is there. By one
+// thread.
+__device__ inline void concludeRoute(const kernelRoute_t &route, kernelRouteStatus_t status) {
+  *route.status = status;
+  if (status.code != kSuccess) { // nobody reads the rest of a success
+    volatile kernelRouteStatus_t *host = route.hostStatus;
+    host->rank = status.rank;
+    host->rows = status.rows;
+    __threadfence_system();
+  }
+  *reinterpret_cast<volatile uint64_t *>(&route.hostStatus->code) =
+      uint64_t(uint32_t(status.nUpdates)) << 32 | uint32_t(status.code);
+}
+
 // Raises a flag at every rank. Threads of one block; everything the block (or, after lastBlockOut, the grid)
 // wrote before is visible to who sees the flag.
 __device__ inline void raiseFlags(const kernelGroup_t &g, int kind, uint32_t call, uint32_t word) {
@@ -167,6 +191,9 @@ __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call
     else if (word != expected)
       atomicMin(&different, r);
   }
+  // Flags that were there at once say nothing of a failure: a late rank must not write to peers that gave it
+  // up.
+  if (threadIdx.x == blockDim.x - 1 && groupIsOver(g, phase, false)) atomicAdd(&failures, 1);
   __syncthreads();
   *differs = different == 0x7fffffff ? -1 : different;
   bool all = failures == 0;

@@ -1,13 +1,23 @@
 #include "bench.h"
 
+#include "bench_job.h"
 #include "rows.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 
+/* What runs, and where it is told. */
+typedef struct {
+  benchOptions_t options;
+  const benchOps_t *ops;
+  benchMachine_t machine;
+  benchReport_t *report; /* of the first process; the others have none */
+  int64_t wrong;
+} bench_t;
+
 /* Runs a workload with the balance settings asked for. */
-static int bench_workload_run(const benchOptions_t *options, const workload_t *workload,
-                              benchReport_t *report, perfError_t *error) {
+static int bench_workload_run(bench_t *bench, const workload_t *workload, perfError_t *error) {
+  benchOptions_t *options = &bench->options;
   if (workload->repeats && options->combineMode == ULTRAEP_COMBINE_PARTIAL) {
     return perfErrorSet(
         error,
@@ -19,9 +29,12 @@ static int bench_workload_run(const benchOptions_t *options, const workload_t *w
       last = options->balance == BENCH_BALANCE_OFF ? 0 : 1;
   for (int balance = first; balance <= last; balance++) {
     benchResult_t result;
-    benchReportProgress(report, workload, balance);
-    if (benchHostRun(options, workload, balance, &result, error) != 0) return -1;
-    if (benchReportLine(report, workload, balance, &result, error) != 0) return -1;
+    benchReportProgress(bench->report, workload, balance);
+    if (benchRun(bench->ops, options, workload, balance, &result, error) != 0) return -1;
+    bench->wrong += result.wrong;
+    bench->options.matrixPath = NULL; /* written by the first line */
+    int status = benchReportLine(bench->report, workload, balance, &result, error);
+    if (benchJobAny(status != 0)) return -1;
   }
   return 0;
 }
@@ -51,7 +64,8 @@ static int bench_tokens_next(const benchOptions_t *options, bool native, int64_t
 
 /* ---- kinds of traffic ---- */
 
-static int bench_zipf_run(const benchOptions_t *options, benchReport_t *report, perfError_t *error) {
+static int bench_zipf_run(bench_t *bench, perfError_t *error) {
+  const benchOptions_t *options = &bench->options;
   zipf_t *zipf = NULL;
   int64_t bytes = -1;
   int32_t tokens = 0;
@@ -65,7 +79,7 @@ static int bench_zipf_run(const benchOptions_t *options, benchReport_t *report, 
       more = -1;
       break;
     }
-    int status = bench_workload_run(options, &workload, report, error);
+    int status = bench_workload_run(bench, &workload, error);
     workloadFree(&workload);
     if (status != 0) {
       more = -1;
@@ -76,8 +90,8 @@ static int bench_zipf_run(const benchOptions_t *options, benchReport_t *report, 
   return more;
 }
 
-static int bench_record_run(const benchOptions_t *options, const loadRecord_t *record, benchReport_t *report,
-                            perfError_t *error) {
+static int bench_record_run(bench_t *bench, const loadRecord_t *record, perfError_t *error) {
+  const benchOptions_t *options = &bench->options;
   int64_t bytes = -1;
   int32_t tokens = 0;
   int more = -1;
@@ -94,7 +108,7 @@ static int bench_record_run(const benchOptions_t *options, const loadRecord_t *r
     }
     snprintf(workload.label, sizeof(workload.label), "%lld/%lld/%lld", (long long)record->step,
              (long long)record->layer, (long long)record->microbatch);
-    int status = bench_workload_run(options, &workload, report, error);
+    int status = bench_workload_run(bench, &workload, error);
     workloadFree(&workload);
     if (status != 0) break;
   }
@@ -104,7 +118,8 @@ free_loads:
   return more;
 }
 
-static int bench_trace_run(const benchOptions_t *options, benchReport_t *report, perfError_t *error) {
+static int bench_trace_run(bench_t *bench, perfError_t *error) {
+  const benchOptions_t *options = &bench->options;
   loadTrace_t *trace = NULL;
   loadRecord_t record;
   int64_t taken = 0;
@@ -114,7 +129,7 @@ static int bench_trace_run(const benchOptions_t *options, benchReport_t *report,
          (more = loadTraceNext(trace, &record, error)) > 0) {
     if (options->layer >= 0 && record.layer != options->layer) continue;
     taken++;
-    more = bench_record_run(options, &record, report, error);
+    more = bench_record_run(bench, &record, error);
     if (more < 0) break;
   }
   loadTraceClose(trace);
@@ -122,7 +137,8 @@ static int bench_trace_run(const benchOptions_t *options, benchReport_t *report,
   return taken == 0 ? perfErrorSet(error, "%s: no records to run", options->tracePath) : 0;
 }
 
-static int bench_routing_run(const benchOptions_t *options, benchReport_t *report, perfError_t *error) {
+static int bench_routing_run(bench_t *bench, perfError_t *error) {
+  const benchOptions_t *options = &bench->options;
   routingTrace_t routing;
   int64_t bytes = -1;
   int32_t tokens = 0;
@@ -137,7 +153,7 @@ static int bench_routing_run(const benchOptions_t *options, benchReport_t *repor
     workload_t workload;
     more = -1;
     if (workloadRouting(&workload, &routing, options->nRanks, nExperts, tokens, error) != 0) break;
-    int status = bench_workload_run(options, &workload, report, error);
+    int status = bench_workload_run(bench, &workload, error);
     workloadFree(&workload);
     if (status != 0) break;
   }
@@ -145,28 +161,45 @@ static int bench_routing_run(const benchOptions_t *options, benchReport_t *repor
   return more;
 }
 
+static int bench_all_run(bench_t *bench, int argc, char **argv, perfError_t *error) {
+  const benchOptions_t *options = &bench->options;
+  if (benchMachineOpen(bench->ops, options, &bench->machine, error) != 0) return -1;
+  int status = benchJob.process == 0
+                   ? benchReportOpen(&bench->report, options, &bench->machine, argc, argv, error)
+                   : 0;
+  if (benchJobAny(status != 0)) return -1;
+  status = options->tracePath != NULL     ? bench_trace_run(bench, error)
+           : options->routingPath != NULL ? bench_routing_run(bench, error)
+                                          : bench_zipf_run(bench, error);
+  return status == 0 ? benchReportFinish(bench->report, error) : status;
+}
+
+static const benchOps_t *bench_ops_find(const benchOptions_t *options, perfError_t *error) {
+  if (options->backend == BENCH_BACKEND_HOST) return &benchHostOps;
+#ifdef ULTRAEP_HAVE_CUDA_BACKEND
+  (void)error;
+  return &benchCudaOps;
+#else
+  perfErrorSet(error, "this build has no CUDA backend; use -B host");
+  return NULL;
+#endif
+}
+
 int main(int argc, char **argv) {
-  benchOptions_t options;
-  benchReport_t *report = NULL;
+  bench_t bench = {.report = NULL};
   perfError_t error = {""};
-  int64_t wrong = 0;
-  benchOptionsParse(&options, argc, argv);
-  if (options.backend == BENCH_BACKEND_CUDA) {
-    fprintf(stderr, "ultraep_perf: this build has no CUDA backend; use -B host\n");
-    return PERF_EXIT_FAILED;
-  }
-  int status = benchReportOpen(&report, &options, argc, argv, &error);
-  if (status == 0) {
-    status = options.tracePath != NULL     ? bench_trace_run(&options, report, &error)
-             : options.routingPath != NULL ? bench_routing_run(&options, report, &error)
-                                           : bench_zipf_run(&options, report, &error);
-  }
-  if (status == 0) status = benchReportFinish(report, &wrong, &error);
-  benchReportDestroy(report);
+  benchOptionsParse(&bench.options, argc, argv);
+  bench.ops = bench_ops_find(&bench.options, &error);
+  int status = bench.ops == NULL ? -1 : benchJobOpen(&error);
+  if (status == 0) status = bench_all_run(&bench, argc, argv, &error);
+  /* After a failure a communicator may wait for a rank that is gone; the end of the process frees it. */
+  if (status == 0) benchMachineClose(bench.ops);
+  benchReportDestroy(bench.report);
   if (status != 0) {
     fflush(stdout);
-    fprintf(stderr, "ultraep_perf: %s\n", error.text);
-    return PERF_EXIT_FAILED;
+    /* A process that stopped because of another one has nothing to add. */
+    if (error.text[0] != '\0') fprintf(stderr, "ultraep_perf: %s\n", error.text);
   }
-  return wrong == 0 ? PERF_EXIT_OK : PERF_EXIT_FAILED;
+  benchJobClose(status != 0 && error.text[0] != '\0');
+  return status == 0 && bench.wrong == 0 ? PERF_EXIT_OK : PERF_EXIT_FAILED;
 }

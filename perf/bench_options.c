@@ -1,5 +1,7 @@
 #include "bench.h"
 
+#include "bench_job.h"
+
 #include <argp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,12 +27,16 @@ enum {
   KEY_TIMEOUT,
   KEY_EXPERT_BYTES,
   KEY_GATE_BYTES,
+  KEY_CTAS,
+  KEY_GRAPH,
+  KEY_BASELINE,
+  KEY_MATRIX,
 };
 
 const char *const benchDispatchModes[3] = {"auto", "direct", "once"};
 const char *const benchCombineModes[2] = {"exact", "partial"};
-const char *const benchPhaseNames[BENCH_PHASES] = {"route", "weights", "dispatch", "combine", "memcpy"};
 static const char *const benchBackends[] = {"host", "cuda"};
+static const char *const benchBaselines[] = {"none", "nccl"};
 static const char *const benchBalances[] = {"0", "1", "both"};
 static const char *const benchTypes[] = {"bfloat16", "half", "float", "fp8"};
 
@@ -60,6 +66,23 @@ static const char benchDoc[] =
     "The memcpy line copies as many bytes with as many threads in the same iterations; dispatch and combine "
     "each move "
     "that many.\n\n"
+    "-B cuda: ranks are threads, rank r on GPU r mod GPUs, or, under mpirun, processes. Times are taken on "
+    "the "
+    "GPUs, of the slowest rank, for -m calls one after the other; with -c 0 after one untimed call in which "
+    "the "
+    "ranks meet, so that they do not tell when each thread of the host came (short phases need -c 0, -m and "
+    "--graph 1). route+d: route and dispatch one after the other. floor and %: the bytes that must be read "
+    "and "
+    "written (dispatch: tokens once, and rows; combine: rows, and tokens) at the rate at which a GPU copies "
+    "within its memory, measured in the same run, and that as a share of the time; with ranks on GPUs of "
+    "their "
+    "own the links are slower than that. GPU GB: memory in use, of all ranks together, communicators and "
+    "buffers "
+    "included. --baseline nccl: base, the same rows from rank to rank by one group of ncclSend and ncclRecv "
+    "with "
+    "counts known beforehand, without routing, packing and sums; x, base's time over ours. Loads of masters "
+    "only "
+    "for balance 0, the plan's for balance 1.\n\n"
     "--trace runs the records of a load trace: each source's counts become tokens whose loads are exactly "
     "these. "
     "--tokens (or -b -e) scales the counts first. --routing runs the tokens of a routing trace.\n\n"
@@ -67,13 +90,13 @@ static const char benchDoc[] =
 
 static const struct argp_option benchOptionTable[] = {
     {"backend", 'B', "host|cuda", 0, "Where ranks live: threads of this process, or GPUs (host)", 1},
-    {"nthreads", 't', "R", 0, "Ranks, each a thread (8)", 1},
+    {"nthreads", 't', "R", 0, "Ranks, each a thread (8; under mpirun, the processes)", 1},
     {"minbytes", 'b', "BYTES", 0, "Least size: bytes of tokens a rank, K M G allowed (4M)", 1},
     {"maxbytes", 'e', "BYTES", 0, "Largest size (as -b)", 1},
     {"stepfactor", 'f', "N", 0, "Factor between sizes (2)", 1},
     {"iters", 'n', "N", 0, "Timed iterations (20)", 1},
     {"warmup_iters", 'w', "N", 0, "Iterations before them (1)", 1},
-    {"agg_iters", 'm', "N", 0, "Calls of each operation in one timed iteration (1)", 1},
+    {"agg_iters", 'm', "N", 0, "Calls of each operation in one timed iteration (1; -B cuda -c 0: 10)", 1},
     {"check", 'c', "0|1", 0, "Check every iteration (1)", 1},
     {"datatype", 'd', "TYPE", 0, "bfloat16, half, float, or fp8 with scales out and bfloat16 back (bfloat16)",
      1},
@@ -99,9 +122,15 @@ static const struct argp_option benchOptionTable[] = {
      "Combine: from single rows, or from sums made at each rank (exact)", 3},
     {"timeout", KEY_TIMEOUT, "MS", 0, "How long a rank waits for another (30000)", 3},
     {"expert-bytes", KEY_EXPERT_BYTES, "BYTES", 0,
-     "Weights of an expert that go to its replicas, 0: none (64K)", 3},
+     "Weights of an expert that go to its replicas, 0: none (64K; -B cuda: 0)", 3},
     {"gate-bytes", KEY_GATE_BYTES, "BYTES", 0,
      "Weights of an expert as the cost gate sees it, 0: no gate (0)", 3},
+    {"ctas", KEY_CTAS, "N", 0, "Most SMs a rank's kernel uses, 0: the library's choice (0)", 4},
+    {"graph", KEY_GRAPH, "0|1", 0, "Capture the calls of each phase in a CUDA graph and launch that (0)", 4},
+    {"baseline", KEY_BASELINE, "none|nccl", 0, "Also move the same rows with ncclSend and ncclRecv (none)",
+     4},
+    {"matrix", KEY_MATRIX, "FILE", 0,
+     "Write the bytes of the first line's dispatch from rank to rank, for nccl-tests' alltoallv_perf", 4},
     {0}};
 
 static int bench_type_parse(const char *text, benchOptions_t *options, perfError_t *error) {
@@ -186,13 +215,47 @@ static int bench_own_option_apply(int key, const char *text, benchOptions_t *opt
     return optionBytes("--expert-bytes", text, 0, INT64_C(1) << 32, &options->expertBytes, error);
   case KEY_GATE_BYTES:
     return optionBytes("--gate-bytes", text, 0, INT64_C(1) << 40, &options->gateBytes, error);
+  case KEY_CTAS:
+    return optionInt32("--ctas", text, 0, 1024, &options->maxCtas, error);
+  case KEY_GRAPH:
+    return optionInt32("--graph", text, 0, 1, &options->graph, error);
+  case KEY_BASELINE:
+    return optionName("--baseline", text, benchBaselines, 2, &options->baseline, error);
+  case KEY_MATRIX:
+    options->matrixPath = text;
+    return 0;
   default:
     return 1;
   }
 }
 
+/* Where the ranks are, and what follows from that. */
+static int bench_backend_finish(benchOptions_t *options, perfError_t *error) {
+  bool host = options->backend == BENCH_BACKEND_HOST;
+  options->nProcesses = benchJobProcesses();
+  if (options->nProcesses > 1) {
+    if (host)
+      return perfErrorSet(error, "-B host: ranks are threads of one process, start it without mpirun");
+    if (options->nRanks != 0 && options->nRanks != options->nProcesses) {
+      return perfErrorSet(error, "--nthreads: under mpirun a rank is a process, and these are %d",
+                          options->nProcesses);
+    }
+    if (options->nProcesses > ULTRAEP_MAX_RANKS)
+      return perfErrorSet(error, "%d processes are more than %d", options->nProcesses, ULTRAEP_MAX_RANKS);
+    options->nRanks = options->nProcesses;
+  }
+  if (options->nRanks == 0) options->nRanks = 8;
+  if (host && (options->graph || options->baseline != BENCH_BASELINE_NONE)) {
+    return perfErrorSet(error, "--graph and --baseline need -B cuda");
+  }
+  if (options->aggIters == 0) options->aggIters = host || options->check ? 1 : 10;
+  if (options->expertBytes < 0) options->expertBytes = host ? 64 << 10 : 0;
+  return 0;
+}
+
 /* Sets what was left out and refuses what does not go together. */
 static int bench_options_finish(benchOptions_t *options, perfError_t *error) {
+  if (bench_backend_finish(options, error) != 0) return -1;
   bool traced = options->tracePath != NULL, routed = options->routingPath != NULL;
   if (traced + routed + (options->skew > 0) > 1) {
     return perfErrorSet(error, "--skew, --trace and --routing exclude each other");
@@ -242,13 +305,11 @@ static error_t bench_option_parse(int key, char *text, struct argp_state *state)
 
 void benchOptionsParse(benchOptions_t *options, int argc, char **argv) {
   static const struct argp parser = {benchOptionTable, bench_option_parse, NULL, benchDoc, NULL, NULL, NULL};
-  *options = (benchOptions_t){.nRanks = 8,
-                              .minBytes = -1,
+  *options = (benchOptions_t){.minBytes = -1,
                               .maxBytes = -1,
                               .stepFactor = 2,
                               .iters = 20,
                               .warmupIters = 1,
-                              .aggIters = 1,
                               .check = 1,
                               .dataType = ULTRAEP_BFLOAT16,
                               .nTokens = -1,
@@ -259,7 +320,7 @@ void benchOptionsParse(benchOptions_t *options, int argc, char **argv) {
                               .alignment = 1,
                               .balance = BENCH_BALANCE_BOTH,
                               .timeoutMs = 30000,
-                              .expertBytes = 64 << 10};
+                              .expertBytes = -1};
   argp_err_exit_status = PERF_EXIT_USAGE;
   if (argp_parse(&parser, argc, argv, 0, NULL, options) != 0) exit(PERF_EXIT_USAGE);
 }

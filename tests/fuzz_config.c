@@ -403,13 +403,13 @@ static void fuzz_op_look(fuzzRank_t *self) {
   ultraepGroupProperties_t properties;
   ultraepCounters_t counters;
   ultraepStatus_t status;
-  ultraepSegments_t segments;
-  ultraepPlan_t plan;
+  ultraepSegments_t segments = {0};
+  ultraepPlan_t plan = {0};
   fuzz_good(ultraepGroupProperties(group, kind == 3 ? NULL : &properties));
   fuzz_good(ultraepGroupCounters(group, kind == 3 ? NULL : &counters));
   fuzz_good(ultraepGroupStatus(group, kind == 3 ? NULL : &status));
   if (fuzz_good(ultraepRouteSegments(route, kind == 3 ? NULL : &segments)))
-    REQUIRE(segments.firstRow[0] == 0 &&
+    REQUIRE(segments.firstRow && segments.firstRow[0] == 0 &&
             *segments.totalRows <= config_recv_rows(&self->config, self->nRanks));
   if (fuzz_good(ultraepRoutePlan(route, kind == 3 ? NULL : &plan))) REQUIRE(plan.maxPlanned >= plan.bound);
   if (kind == 31) fuzz_good(ultraepGroupAbort(group));

@@ -20,6 +20,7 @@ static bool fails(void) {
   return countdown > 0 && --countdown == 0;
 }
 
+/* NOLINTBEGIN(bugprone-reserved-identifier): the linker's names */
 void *__real_calloc(size_t n, size_t bytes);
 void *__real_realloc(void *old, size_t bytes);
 void *__real_aligned_alloc(size_t alignment, size_t bytes);
@@ -32,6 +33,7 @@ void *__wrap_aligned_alloc(size_t alignment, size_t bytes);
 int __wrap_pthread_mutex_init(pthread_mutex_t *lock, const pthread_mutexattr_t *attributes);
 int __wrap_pthread_cond_init(pthread_cond_t *cond, const pthread_condattr_t *attributes);
 int __wrap_pthread_condattr_init(pthread_condattr_t *attributes);
+/* NOLINTEND(bugprone-reserved-identifier) */
 
 void *__wrap_calloc(size_t n, size_t bytes) {
   return fails() ? NULL : __real_calloc(n, bytes);

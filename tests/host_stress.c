@@ -15,6 +15,7 @@
 #define TOKENS 6
 #define TOPK 3
 #define EXPERTS 16
+#define LOCAL (EXPERTS / RANKS) /* experts of a rank */
 #define HIDDEN 8
 
 typedef struct {
@@ -28,7 +29,7 @@ typedef struct {
   float *rows, *masters; /* symmetric */
   _Alignas(16) float tokens[TOKENS * HIDDEN];
   _Alignas(16) float back[TOKENS * HIDDEN];
-  _Alignas(16) float grads[EXPERTS / RANKS * HIDDEN];
+  _Alignas(16) float grads[LOCAL * HIDDEN];
   int32_t topk[ROUTES][TOKENS * TOPK];
   int nTokens[ROUTES];
   hostRandom_t shared, own; /* the same on all ranks; this rank's */
@@ -45,8 +46,10 @@ static bool trainer_setup(hostRankArg_t *self, trainer_t *x, const ultraepConfig
     return false;
   x->rows = rows;
   x->masters = masters;
-  for (size_t i = 0; i < sizeof(x->grads) / sizeof(float); i++)
-    x->masters[i] = (float)(self->rank * (EXPERTS / RANKS) + (int)i / HIDDEN);
+  for (size_t i = 0; i < sizeof(x->grads) / sizeof(float); i++) {
+    int expert = self->rank * LOCAL + (int)i / HIDDEN;
+    x->masters[i] = (float)expert;
+  }
   for (int i = 0; i < ROUTES; i++)
     if (ultraepRouteCreate(x->group, &x->routes[i]) != ultraepSuccess) return false;
   ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
@@ -91,13 +94,13 @@ static void trainer_step(hostRankArg_t *self, trainer_t *x, int route) {
     CHECK(self, x->back[i] == x->tokens[i] * sum);
   }
   ultraepPlan_t plan;
-  float before[EXPERTS / RANKS];
-  for (int e = 0; e < EXPERTS / RANKS; e++) before[e] = x->grads[e * HIDDEN] - (float)s.rows[e];
+  float before[LOCAL];
+  for (int e = 0; e < LOCAL; e++) before[e] = x->grads[e * HIDDEN] - (float)s.rows[e];
   CHECK_OK(self, ultraepGradsReduce(x->routes[route], 0, NULL));
   CHECK_OK(self, ultraepRoutePlan(x->routes[route], &plan));
-  for (int e = 0; e < EXPERTS / RANKS; e++) {
-    CHECK(self,
-          x->grads[e * HIDDEN] == before[e] + (float)plan.expertLoad[self->rank * (EXPERTS / RANKS) + e]);
+  for (int e = 0; e < LOCAL; e++) {
+    int expert = self->rank * LOCAL + e;
+    CHECK(self, x->grads[e * HIDDEN] == before[e] + (float)plan.expertLoad[expert]);
     x->grads[e * HIDDEN] = 0;
   }
 }

@@ -1,7 +1,7 @@
 # Installs into an empty prefix, then builds and runs the program in tests/consumer against what is there: through
 # pkg-config, and through find_package.
 #   cmake -DBUILD=build -DWORK=dir -DCC=cc -DCFLAGS=flags -DSOURCE=tests/consumer -DVERSION=1.2.3 -DLIBDIR=lib
-#         -DPKG_CONFIG=pkg-config -P install.cmake
+#         -DPKG_CONFIG=pkg-config -DGENERATOR=Ninja -P install.cmake
 set(prefix ${WORK}/prefix)
 file(REMOVE_RECURSE ${WORK})
 file(MAKE_DIRECTORY ${WORK})
@@ -53,7 +53,7 @@ separate_arguments(fromPkgConfig UNIX_COMMAND "${output}")
 run(${CC} -std=c17 -Wall -Wextra -Werror ${flags} ${SOURCE}/main.c ${fromPkgConfig} -o ${WORK}/consumer)
 run_consumer(${WORK}/consumer)
 
-run(${CMAKE_COMMAND} -S ${SOURCE} -B ${WORK}/build -DCMAKE_C_COMPILER=${CC} -DCMAKE_C_FLAGS=${CFLAGS}
+run(${CMAKE_COMMAND} -G ${GENERATOR} -S ${SOURCE} -B ${WORK}/build -DCMAKE_C_COMPILER=${CC} -DCMAKE_C_FLAGS=${CFLAGS}
     -DCMAKE_PREFIX_PATH=${prefix} -DULTRAEP_WANTED=${VERSION})
 run(${CMAKE_COMMAND} --build ${WORK}/build)
 run_consumer(${WORK}/build/consumer)

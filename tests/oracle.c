@@ -95,9 +95,10 @@ void oracle_store(int32_t dataType, unsigned char *row, int i, float value) {
 /* ---- tokens: the first three elements name the token, small integers that every type holds exactly ---- */
 
 static void oracle_stamp(const oracleCase_t *c, int src, int token, unsigned char *row) {
+  int high = token / 128, low = token % 128;
   oracle_store(c->dataType, row, 0, (float)src);
-  oracle_store(c->dataType, row, 1, (float)(token / 128));
-  oracle_store(c->dataType, row, 2, (float)(token % 128));
+  oracle_store(c->dataType, row, 1, (float)high);
+  oracle_store(c->dataType, row, 2, (float)low);
 }
 
 static bool oracle_read_stamp(const oracleCase_t *c, const unsigned char *row, int *src, int *token) {

@@ -83,9 +83,31 @@ done
 status 1 env PERF_CORRUPT=error "$corrupt" -n 2 --hidden 256 "${small[@]}"
 grep -q 'rank [1-3]: ultraepAllToAll.*: internal error' err || fail "message of a failing library"
 
+# The bytes from rank to rank of the first line: with masters only a row's sum is what the rank sends.
+status 0 "$perf" -n 1 --hidden 256 "${small[@]}" --matrix m.txt
+awk '{ sum = 0; for (i = 1; i <= NF; i++) sum += $i; if (NF != 4 || sum != 40 * 3 * 512) exit 1 }
+  END { if (NR != 4) exit 1 }' m.txt || fail "the matrix: $(cat m.txt)"
+status 1 "$perf" -n 1 --hidden 256 "${small[@]}" --matrix m.txt --gate-bytes 1M --balance 1
+grep -q 'not known beforehand' err || fail "message of --matrix with the cost gate"
+status 1 "$perf" -n 1 --hidden 256 "${small[@]}" --matrix /nonexistent/m.txt
+
 # Faults.
-status 1 "$perf" -B cuda
-grep -q 'this build has no CUDA backend' err || fail "message of -B cuda"
+# Without a GPU, -B cuda says what is missing: the backend, or in a build that has it a device that can be used.
+status 1 env CUDA_VISIBLE_DEVICES=-1 "$perf" -B cuda
+grep -Eq 'this build has no CUDA backend; use -B host|no CUDA device can be used: .*; -B host' err ||
+  fail "message of -B cuda: $(cat err)"
+[ ! -s out ] || fail "-B cuda without a device printed a report"
+# Started by mpirun: ranks of the host are threads.
+status 2 env PMI_SIZE=4 "$perf"
+grep -q 'start it without mpirun' err || fail "message of -B host under mpirun"
+status 2 env OMPI_COMM_WORLD_SIZE=4 "$perf" -B cuda -t 3
+grep -q 'a rank is a process, and these are 4' err || fail "message of -t under mpirun"
+status 2 "$perf" --graph 1
+status 2 "$perf" --baseline nccl
+grep -q -- '--graph and --baseline need -B cuda' err || fail "message of --baseline on the host"
+status 2 "$perf" -B cuda --baseline mpi
+status 2 "$perf" -B cuda --graph 2
+status 2 "$perf" -B cuda --ctas -1
 status 2 "$perf" -B tpu
 status 2 "$perf" -t 0
 status 2 "$perf" -b 1K -e 1
@@ -111,4 +133,6 @@ status 1 "$perf" -t 4 --trace huge.csv --topk 2 --hidden 65536
 grep -q 'ask for fewer with --tokens' err || fail "message of too many tokens"
 status 0 "$perf" --help
 grep -q 'busbw = algbw \* (R-1)/R' <(tr -s ' \n' ' ' < out) || fail "--help must define busbw"
+grep -q -- '-B cuda -c 0: 10' out || fail "--help must say what -m is with -B cuda"
+grep -q 'counts known beforehand' <(tr -s ' \n' ' ' < out) || fail "--help must say what the baseline is spared"
 echo "perf_perf.sh: passed"

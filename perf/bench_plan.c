@@ -1,0 +1,118 @@
+/* What the library's plan will be, known beforehand: rows from rank to rank, and the room a rank needs. */
+#include "bench_run.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* loads[R][E] of a workload; null without memory. */
+static int32_t *bench_loads_make(const workload_t *workload) {
+  size_t nExperts = (size_t)workload->nExperts;
+  int32_t *loads = calloc((size_t)workload->nRanks * nExperts, sizeof(loads[0]));
+  for (int32_t r = 0; loads != NULL && r < workload->nRanks; r++) {
+    int64_t entries = (int64_t)workload->nTokens[r] * workload->topK;
+    for (int64_t i = 0; i < entries; i++) {
+      int32_t expert = workload->topk[r][i];
+      if (expert >= 0) loads[(size_t)r * nExperts + (size_t)expert]++;
+    }
+  }
+  return loads;
+}
+
+/* pairs[source][rank], from the pieces of replicated experts and the loads of the others. */
+static void bench_pairs_set(const ultraepPlan_t *plan, const int32_t *loads, int64_t *pairs) {
+  int32_t perRank = plan->nExperts / plan->nRanks;
+  for (int32_t e = 0; e < plan->nExperts; e++) {
+    for (int32_t i = plan->pieceFirst[e]; i < plan->pieceFirst[e + 1]; i++) {
+      const ultraepPiece_t *piece = &plan->pieces[i];
+      pairs[piece->src * plan->nRanks + plan->instances[piece->instance].rank] += piece->count;
+    }
+    if (plan->pieceFirst[e] != plan->pieceFirst[e + 1]) continue;
+    for (int32_t r = 0; r < plan->nRanks; r++)
+      pairs[r * plan->nRanks + e / perRank] += loads[(size_t)r * (size_t)plan->nExperts + (size_t)e];
+  }
+}
+
+/* Rows of the rank that needs most, each segment rounded up to the alignment. */
+static int64_t bench_room_find(const ultraepPlan_t *plan, int32_t alignment, int64_t *room) {
+  int64_t most = 1;
+  memset(room, 0, (size_t)plan->nRanks * sizeof(room[0]));
+  for (int32_t i = 0; i < plan->nInstances; i++) {
+    const ultraepInstance_t *instance = &plan->instances[i];
+    room[instance->rank] += (instance->quota + alignment - 1) / alignment * alignment;
+  }
+  for (int32_t r = 0; r < plan->nRanks; r++) {
+    if (room[r] > most) most = room[r];
+  }
+  return most;
+}
+
+static int bench_plan_run(benchRun_t *run, const ultraepPlannerConfig_t *config, const int32_t *loads,
+                          perfError_t *error) {
+  size_t nRanks = (size_t)config->nRanks, bytes = 0;
+  ultraepPlan_t plan;
+  int status = -1;
+  if (ultraepPlannerWorkspaceSize(config, &bytes) != ultraepSuccess)
+    return perfErrorSet(error, "planner: %.300s", ultraepPlannerConfigError(config));
+  void *workspace = benchAllocate(1, bytes);
+  int64_t *room = calloc(nRanks, sizeof(room[0]));
+  run->pairRows = calloc(nRanks * nRanks, sizeof(run->pairRows[0]));
+  if (workspace == NULL || room == NULL || run->pairRows == NULL) {
+    perfErrorSet(error, "no memory for a plan of %zu bytes", bytes);
+    goto free_memory;
+  }
+  if (ultraepPlannerRun(config, loads, workspace, bytes, &plan) != ultraepSuccess) {
+    perfErrorSet(error, "planner: the loads are out of its range");
+    goto free_memory;
+  }
+  bench_pairs_set(&plan, loads, run->pairRows);
+  /* Behind the last row, rows that must stay as they were: room to see it. */
+  int64_t needed = bench_room_find(&plan, run->options->alignment, room) + 4;
+  if (config->nSlots > 0 && needed < run->maxRows) run->maxRows = needed;
+  status = 0;
+
+free_memory:
+  free(room);
+  free(workspace);
+  return status;
+}
+
+int benchPlanMake(benchRun_t *run, perfError_t *error) {
+  const benchOptions_t *options = run->options;
+  ultraepPlannerConfig_t config = {.nRanks = run->workload->nRanks,
+                                   .nExperts = run->workload->nExperts,
+                                   .nSlots = run->balance ? options->nSlots : 0,
+                                   .nDomainRanks = options->nDomainRanks,
+                                   .tolerancePpm = (uint32_t)llround(options->tolerance * 1e6)};
+  /* With the cost gate the plan depends on rates that the library knows: room for all then, and no pairs. */
+  if (run->balance && options->gateBytes > 0) {
+    if (options->baseline == BENCH_BASELINE_NONE && options->matrixPath == NULL) return 0;
+    return perfErrorSet(error, "--gate-bytes: what goes from rank to rank is not known beforehand, which "
+                               "--baseline and --matrix need");
+  }
+  int32_t *loads = bench_loads_make(run->workload);
+  if (loads == NULL)
+    return perfErrorSet(error, "no memory for %d x %d loads", config.nRanks, config.nExperts);
+  int status = bench_plan_run(run, &config, loads, error);
+  free(loads);
+  return status;
+}
+
+int benchPlanWrite(const benchRun_t *run, const char *path, perfError_t *error) {
+  int32_t nRanks = run->workload->nRanks;
+  FILE *file = fopen(path, "w");
+  if (file == NULL) return perfErrorSet(error, "%s: %s", path, strerror(errno));
+  for (int32_t r = 0; r < nRanks; r++) {
+    for (int32_t to = 0; to < nRanks; to++) {
+      fprintf(file, "%s%lld", to > 0 ? " " : "",
+              (long long)run->pairRows[r * nRanks + to] * (long long)run->shape.bytes);
+    }
+    fputc('\n', file);
+  }
+  bool bad = ferror(file) != 0;
+  if (fclose(file) != 0 || bad)
+    return perfErrorSet(error, "%s: cannot be written: %s", path, strerror(errno));
+  return 0;
+}
