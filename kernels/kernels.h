@@ -51,9 +51,9 @@ int kernelsLoad(void);
 
 /* ---- a rank's part of a group ---- */
 
-/* ROUTE has two kinds, by parity of the call, since a fast rank may be one call ahead; META: metadata of a route has
- * arrived. GONE: set by a rank that leaves the group; ends waits for that rank. After the flags comes one word, the
- * failure mark: code << 32 | rank + 1 of the rank to blame; ends every wait. */
+/* ROUTE has two kinds, by parity of the call, since a fast rank may be one call ahead; META: metadata of a
+ * route has arrived. GONE: set by a rank that leaves the group; ends waits for that rank. After the flags
+ * comes one word, the failure mark: code << 32 | rank + 1 of the rank to blame; ends every wait. */
 enum {
   KERNEL_FLAG_ROUTE = 0,
   KERNEL_FLAG_READY = 2,
@@ -62,7 +62,11 @@ enum {
   KERNEL_FLAG_GONE = 5,
   KERNEL_FLAG_KINDS = 6
 };
-enum { KERNEL_PHASE_NONE = 0, KERNEL_PHASE_ROUTE = 1, KERNEL_PHASE_DISPATCH = 2, KERNEL_PHASE_COMBINE = 3,
+enum {
+  KERNEL_PHASE_NONE = 0,
+  KERNEL_PHASE_ROUTE = 1,
+  KERNEL_PHASE_DISPATCH = 2,
+  KERNEL_PHASE_COMBINE = 3,
   KERNEL_PHASE_MEMORY = 4,
   KERNEL_PHASE_ABORT = 5
 };
@@ -99,7 +103,7 @@ typedef struct {
 typedef struct {
   kernelPlanner_t planner;
   int32_t rank, topK, alignment;
-  int32_t usesMeta; /* 1: rows' parts in their tokens travel; 2: and are needed before the next exchange */
+  int32_t usesMeta;    /* 1: rows' parts in their tokens travel; 2: and are needed before the next exchange */
   int32_t nSegments;   /* E/R + the config's S */
   int32_t nBlocks;     /* at most, of one kernel */
   int32_t sharedBytes; /* of a block at most, on this device */
@@ -146,7 +150,8 @@ typedef struct {
 /* Bytes of shared memory that a route needs at least; more than the device's limit per block cannot be
  * launched. */
 size_t kernelRouteSharedBytes(const kernelPlanner_t *planner);
-/* Count, publish, plan, offsets. topkWeights may be null. number: of this update, 0 when captured into a graph. */
+/* Count, publish, plan, offsets. topkWeights may be null. number: of this update, 0 when captured into a
+ * graph. */
 int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const int32_t *topkIdx,
                       const float *topkWeights, int32_t nTokens, int32_t number, cudaStream_t stream);
 
