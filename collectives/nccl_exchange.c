@@ -206,26 +206,27 @@ static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
   };
 }
 
-ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream) {
+/* kernelDispatchLaunch or kernelCombineLaunch. */
+typedef int (*exchangeLaunch_t)(const kernelGroup_t *group, const kernelRoute_t *route,
+                                const kernelExchange_t *exchange, cudaStream_t stream);
+
+static ultraepResult_t exchange_enqueue(const backendExchange_t *exchange, exchangeLaunch_t launch,
+                                        const char *what, cudaStream_t stream) {
   ultraepResult_t result = nccl_route_check(exchange->route);
   if (result != ultraepSuccess) return result;
   const ncclRoute_t *route = exchange->route->impl;
+  ncclRank_t *self = nccl_rank(exchange->route->group);
   kernelExchange_t kernel = exchange_kernel(exchange);
-  cudaError_t error = (cudaError_t)kernelDispatchLaunch(&nccl_rank(exchange->route->group)->kernel,
-                                                        &route->kernel, &kernel, stream);
-  if (error != cudaSuccess) return nccl_cuda_error(error, "dispatch");
-  nccl_work_enqueued(nccl_rank(exchange->route->group), stream);
+  cudaError_t error = (cudaError_t)launch(&self->kernel, &route->kernel, &kernel, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, what);
+  nccl_work_enqueued(self, stream);
   return ultraepSuccess;
 }
 
+ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream) {
+  return exchange_enqueue(exchange, kernelDispatchLaunch, "dispatch", stream);
+}
+
 ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream) {
-  ultraepResult_t result = nccl_route_check(exchange->route);
-  if (result != ultraepSuccess) return result;
-  const ncclRoute_t *route = exchange->route->impl;
-  kernelExchange_t kernel = exchange_kernel(exchange);
-  cudaError_t error = (cudaError_t)kernelCombineLaunch(&nccl_rank(exchange->route->group)->kernel,
-                                                       &route->kernel, &kernel, stream);
-  if (error != cudaSuccess) return nccl_cuda_error(error, "combine");
-  nccl_work_enqueued(nccl_rank(exchange->route->group), stream);
-  return ultraepSuccess;
+  return exchange_enqueue(exchange, kernelCombineLaunch, "combine", stream);
 }

@@ -159,7 +159,7 @@ static void test_eight_mixed(void **state) {
 static const char *failing_rank(gpuWorld_t *world, int rank, void *argument) {
   const gpuShape_t *shape = argument;
   cudaStream_t stream = world->streams[rank];
-  cudaGraphExec_t graph;
+  cudaGraphExec_t graph = NULL;
   gpuSide_t sides[2];
   gpuData_t data;
   ultraepStatus_t status;
