@@ -43,12 +43,13 @@ static void bench_source_free(verifySource_t *source) {
 
 static bool bench_check_memory_make(benchRank_t *rank) {
   benchRun_t *run = rank->run;
-  size_t segments = (size_t)(run->workload->nExperts / run->workload->nRanks + run->options->nSlots);
+  int32_t perRank = run->workload->nExperts / run->workload->nRanks;
+  size_t segments = (size_t)perRank + (size_t)run->options->nSlots;
   rank->scratch = benchAllocate(3 * (size_t)run->shape.hidden * sizeof(float) + run->combineShape.bytes, 1);
   if (rank->scratch == NULL) return false;
   if (!run->ops->mirrored) return true;
   /* totalRows, firstRow, rows, weights, expert */
-  rank->segmentMemory = calloc(2 + 4 * segments, sizeof(int64_t));
+  rank->segmentMemory = calloc((2 + 4 * segments) * sizeof(int64_t), sizeof(*rank->segmentMemory));
   rank->slot = benchAllocate(1, (size_t)run->options->expertBytes);
   return rank->segmentMemory != NULL && rank->slot != NULL;
 }

@@ -126,7 +126,7 @@ static void run(int nRanks, gpuWorldRank_t rank, gpuShape_t *shape) {
 
 static void check_modes(int nRanks, int dispatchMode, int combineMode) {
   gpuShape_t shape = gpu_shape_small(nRanks);
-  shape.seed = (uint64_t)(100 * nRanks + 10 * dispatchMode + combineMode);
+  shape.seed = 100 * (uint64_t)nRanks + 10 * (uint64_t)dispatchMode + (uint64_t)combineMode;
   shape.config.dispatchMode = dispatchMode;
   shape.config.combineMode = combineMode;
   run(nRanks, replay_rank, &shape);
@@ -160,8 +160,8 @@ static const char *failing_rank(gpuWorld_t *world, int rank, void *argument) {
   const gpuShape_t *shape = argument;
   cudaStream_t stream = world->streams[rank];
   cudaGraphExec_t graph = NULL;
-  gpuSide_t sides[2];
-  gpuData_t data;
+  gpuSide_t sides[2] = {0};
+  gpuData_t data = {0};
   ultraepStatus_t status;
   RANK_DO(gpu_side_make(world, shape, rank, false, &sides[0]));
   RANK_DO(gpu_side_make(world, shape, rank, true, &sides[1]));
