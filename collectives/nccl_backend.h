@@ -55,9 +55,8 @@ typedef struct {
   void *deviceBlock;
   kernelRouteStatus_t *status; /* in the group's pinned memory */
   int32_t nUpdates;            /* enqueued; a status of an older update says nothing of this one */
-  bool hasWeights;
-  bool isCaptured;    /* an update was captured into a graph */
-  int32_t *hostLoads; /* for ultraepRoutePlan */
+  bool isCaptured;             /* an update was captured into a graph */
+  int32_t *hostLoads;          /* for ultraepRoutePlan */
   void *planWorkspace;
   size_t planBytes;
 } ncclRoute_t;

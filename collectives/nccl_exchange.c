@@ -96,7 +96,6 @@ ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, 
     impl->isCaptured = true;
   else
     impl->nUpdates = number;
-  impl->hasWeights = topkWeights != NULL;
   route->nTokens = nTokens;
   route->planned = true;
   return ultraepSuccess;
@@ -181,7 +180,6 @@ static uint32_t exchange_check(const backendExchange_t *x) {
 static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
   const struct ultraepGroup *group = x->route->group;
   const ncclRank_t *self = nccl_rank(x->route->group);
-  const ncclRoute_t *route = x->route->impl;
   bool dispatch = x->direction == ULTRAEP_DISPATCH;
   return (kernelExchange_t){
       .sendRows = dispatch ? (const char *)x->sendbuff : NULL,
@@ -200,7 +198,6 @@ static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
       .weighted = x->weighted, /* a route without weights holds ones: the same sums */
       .once = dispatch ? group->config.dispatchMode == ULTRAEP_DISPATCH_ONCE
                        : group->config.combineMode == ULTRAEP_COMBINE_PARTIAL,
-      .hasWeights = route->hasWeights,
       .check = exchange_check(x),
       .partialsOffset = self->partialsOffset,
   };

@@ -165,8 +165,7 @@ __device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route
     sumRows<As, kWeighted>(x.recvRows + int64_t(token) * x.rowBytes, row, weight, from,
                            min(x.rowBytes, from + width), lane);
   }
-  for (int step = kWarp / 2; step > 0; step /= 2) crossed += __shfl_xor_sync(kFullWarp, crossed, step);
-  if (lane == 0 && crossed) atomicAdd(&g.state->combineBytes, crossed);
+  warpCount(&g.state->combineBytes, crossed);
 }
 
 template <typename As, bool kWeighted>
@@ -180,31 +179,15 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
     bases[r] = x.peerRows[r] + x.peerRowsOffset;
   int warps = blockDim.x / kWarp, first = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp;
-  int stride = int(gridDim.x) * warps, differs = -1;
+  int stride = int(gridDim.x) * warps, other = -1;
   bool alive = true;
   if (x.once) {
     combinePartials<As, kWeighted>(g, route, x, first, stride);
     alive = gridBarrier(g, 0, KERNEL_PHASE_COMBINE);
   }
-  if (alive && blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, x.check);
-  if (alive) alive = waitFlags(g, KERNEL_FLAG_READY, call, KERNEL_PHASE_COMBINE, x.check, &differs);
-  bool same = alive && differs < 0; // all ranks see a difference alike, and none goes on
-  int other = differs;
-  if (!same) alive = false;
+  if (alive) alive = openExchange(g, x.check, call, KERNEL_PHASE_COMBINE, &other);
   if (alive) combineTokens<As, kWeighted>(g, route, x, bases, first, stride);
-  if (lastBlockOut(g)) {
-    if (alive && !hasFailed(g)) {
-      raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
-      waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_COMBINE, x.check, &differs);
-    }
-    if (threadIdx.x == 0) {
-      if (other >= 0 && !hasFailed(g)) {
-        kernelRouteStatus_t status = *route.status;
-        concludeRoute(route, {kInvalidUsage, status.nUpdates, other, 0, 0});
-      }
-      resetState(g, &g.state->exchangeCalls, call);
-    }
-  }
+  closeExchange(g, route, x.check, call, KERNEL_PHASE_COMBINE, alive, other);
 }
 
 template <typename As> static auto combineKernelOf(bool weighted) {

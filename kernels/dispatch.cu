@@ -80,12 +80,6 @@ struct DispatchContext {
   }
 };
 
-// Adds what the lanes counted. By a whole warp.
-__device__ __forceinline__ void addBytes(unsigned long long *counter, unsigned long long mine) {
-  for (int step = kWarp / 2; step > 0; step /= 2) mine += __shfl_xor_sync(kFullWarp, mine, step);
-  if (threadIdx.x % kWarp == 0 && mine) atomicAdd(counter, mine);
-}
-
 // Copies through registers: from one row to the places that the lanes hold (null: none).
 __device__ __forceinline__ void copyPortable(const char *from, char *to, int bytes, int lane) {
   unsigned targets = __ballot_sync(kFullWarp, to != nullptr);
@@ -177,7 +171,7 @@ __device__ void dispatchTokens(const DispatchContext &c, int first, int stride, 
         crossed += c.crossing(place);
         return c.destination(place);
       });
-  addBytes(&c.g.state->dispatchBytes, crossed);
+  warpCount(&c.g.state->dispatchBytes, crossed);
 }
 
 // ONCE, at the destination: rows that came go on to their tokens' other rows here. A warp looks at 32 rows at
@@ -227,12 +221,8 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
   DispatchContext c{g, route, x, shape, bases};
   int first = int(blockIdx.x) * shape.nWarps + int(threadIdx.x) / kWarp,
       stride = int(gridDim.x) * shape.nWarps;
-  int differs = -1;
-  if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, x.check);
-  bool alive = waitFlags(g, KERNEL_FLAG_READY, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
-  bool same = alive && differs < 0; // all ranks see a difference alike, and none goes on
-  int other = differs;
-  if (!same) alive = false;
+  int other, ignored;
+  bool alive = openExchange(g, x.check, call, KERNEL_PHASE_DISPATCH, &other);
   size_t table = (g.planner.nRanks * sizeof(char *) + 127) / 128 * 128;
   int32_t *chains = reinterpret_cast<int32_t *>(memory + table) + int(threadIdx.x) / kWarp * kWarp * g.topK;
   auto work = [&](auto move, auto written) {
@@ -241,7 +231,7 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
     if (!alive || !x.once) return;
     alive = gridBarrier(g, 0, KERNEL_PHASE_DISPATCH);
     if (alive && blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
-    if (alive) alive = waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
+    if (alive) alive = waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &ignored);
     if (alive) dispatchSpread(c, chains, first, stride, move);
     written();
   };
@@ -267,19 +257,8 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
         },
         [] {});
   }
-  if (lastBlockOut(g)) {
-    if (alive && !x.once && !hasFailed(g)) {
-      raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
-      waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &differs);
-    }
-    if (threadIdx.x == 0) {
-      if (other >= 0 && !hasFailed(g)) {
-        kernelRouteStatus_t status = *route.status;
-        concludeRoute(route, {kInvalidUsage, status.nUpdates, other, 0, 0});
-      }
-      resetState(g, &g.state->exchangeCalls, call);
-    }
-  }
+  // ONCE has raised DONE before it spread.
+  closeExchange(g, route, x.check, call, KERNEL_PHASE_DISPATCH, alive && !x.once, other);
 }
 
 cudaError_t loadDispatchKernels() {

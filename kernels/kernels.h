@@ -172,7 +172,6 @@ typedef struct {
   int32_t dataType;      /* ultraepDataType_t */
   int32_t weighted;      /* combine */
   int32_t once;          /* dispatch: ULTRAEP_DISPATCH_ONCE; combine: ULTRAEP_COMBINE_PARTIAL */
-  int32_t hasWeights;    /* the route has top-k weights */
   uint32_t check;        /* equal on all ranks when they are in the same call with the same places */
   size_t partialsOffset; /* in a window: [maxRecvRows][row], for partial sums */
 } kernelExchange_t;

@@ -151,11 +151,6 @@ __device__ __noinline__ void planSearch(const kernelPlanner_t &p, const PlanArra
   planTarget<Fill>(p, a, shared, bestTarget);
 }
 
-__device__ __forceinline__ int64_t warpSum(int64_t value) {
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
-  return value;
-}
-
 // 64-bit division is a long subroutine; sums mostly fit 32 bits.
 __device__ __forceinline__ int64_t ceilDivide(int64_t sum, int n) {
   if (sum <= 0x7fffffff) return (uint32_t(sum) + uint32_t(n) - 1) / uint32_t(n);

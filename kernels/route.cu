@@ -217,11 +217,6 @@ struct RouteExpert {
     return x;
   }
 
-  __device__ static int64_t sum(int64_t value) {
-    for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
-    return value;
-  }
-
   // Writes the runs, at most one per instance.
   __device__ void pieces(Piece *out) const {
     int n = 1, written = 0;
@@ -232,8 +227,8 @@ struct RouteExpert {
       if (x.rank >= 0 && x.rank < g.rank) lineStart -= x.kept;
       if (x.rank == g.rank) own = x.kept;
     }
-    lineStart = sum(lineStart);
-    own = sum(own);
+    lineStart = warpSum(lineStart);
+    own = warpSum(own);
     int64_t lineEnd = lineStart + mine - own, at = 0, position = own;
     if (own > 0) written = 1; // its place is the first
     for (int from = 0; from < n; from += kWarp) {

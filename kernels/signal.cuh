@@ -201,6 +201,31 @@ __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call
   return all;
 }
 
+// The opening of a dispatch or combine: this rank is ready, and so is every other. True when rows may move.
+// *other is the lowest rank in another call or with other places, -1 if none: all ranks see a difference
+// alike, and none goes on.
+__device__ inline bool openExchange(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
+                                    int *other) {
+  if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, check);
+  bool alive = waitFlags(g, KERNEL_FLAG_READY, call, phase, check, other);
+  return alive && *other < 0;
+}
+
+// The end: the last block says that this rank is done and waits for the others (`raise`), tells a difference
+// that openExchange found, and leaves the counters ready for the next call.
+__device__ inline void closeExchange(const kernelGroup_t &g, const kernelRoute_t &route, uint32_t check,
+                                     uint32_t call, int32_t phase, bool raise, int other) {
+  if (!lastBlockOut(g)) return;
+  int ignored;
+  if (raise && !hasFailed(g)) {
+    raiseFlags(g, KERNEL_FLAG_DONE, call, check);
+    waitFlags(g, KERNEL_FLAG_DONE, call, phase, check, &ignored);
+  }
+  if (threadIdx.x != 0) return;
+  if (other >= 0 && !hasFailed(g)) concludeRoute(route, {kInvalidUsage, route.status->nUpdates, other, 0, 0});
+  resetState(g, &g.state->exchangeCalls, call);
+}
+
 } // namespace ultraep
 
 #endif

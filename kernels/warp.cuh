@@ -27,6 +27,18 @@ __device__ __forceinline__ uint64_t warpMax(uint64_t value) {
   return ~warpMin(~value);
 }
 
+// The sum over all lanes, in every lane.
+template <typename T> __device__ __forceinline__ T warpSum(T value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+  return value;
+}
+
+// Adds what the lanes counted to a counter in device memory. By a whole warp.
+__device__ __forceinline__ void warpCount(unsigned long long *counter, unsigned long long mine) {
+  mine = warpSum(mine);
+  if (threadIdx.x % kWarp == 0 && mine) atomicAdd(counter, mine);
+}
+
 // The lowest lane where the condition holds, -1 if none does.
 __device__ __forceinline__ int warpFirst(bool condition) {
   return __ffs(__ballot_sync(kFullWarp, condition)) - 1;
