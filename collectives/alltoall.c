@@ -81,3 +81,19 @@ ultraepResult_t ultraepAllToAllTensors(const ultraepTensors_t *tensors, ultraepD
   ultraepResult_t result = route_enter(route, alltoall_phase(direction));
   return result == ultraepSuccess ? alltoall_run(tensors, direction, route, stream) : result;
 }
+
+ultraepResult_t ultraepRouteDispatch(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
+                                     int nTokens, const ultraepTensors_t *tensors, cudaStream_t stream) {
+  ultraepResult_t result = route_enter(route, "route");
+  if (result == ultraepSuccess) result = route_check_tokens(route, topkIdx, nTokens);
+  if (result != ultraepSuccess) return result;
+  ultraepGroup_t group = route->group;
+  result = config_check_tensors(&group->config, tensors, ULTRAEP_DISPATCH, nTokens, group->maxRecvRows);
+  backendExchange_t exchange;
+  if (result == ultraepSuccess) result = alltoall_resolve(tensors, ULTRAEP_DISPATCH, route, &exchange);
+  if (result != ultraepSuccess) return result;
+  if (group->backend->routeDispatch)
+    return group->backend->routeDispatch(topkIdx, topkWeights, nTokens, &exchange, stream);
+  result = group->backend->routeUpdate(route, topkIdx, topkWeights, nTokens, stream);
+  return result == ultraepSuccess ? group->backend->dispatch(&exchange, stream) : result;
+}

@@ -1,5 +1,5 @@
 /* The table of operations that a backend fills: what is behind the argument checks of the public calls. The
- * host backend moves bytes between threads; the NCCL backend will enqueue kernels on windows.
+ * host backend moves bytes between threads; the NCCL backend enqueues kernels on windows.
  *
  * Every operation gets checked arguments. On an error it records the message, leaves outputs alone and says
  * by its code whether the group works on (see ultraep.h). */
@@ -33,6 +33,9 @@ typedef struct {
   void (*routeDestroy)(ultraepRoute_t route);
   ultraepResult_t (*routeUpdate)(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
                                  int nTokens, cudaStream_t stream);
+  /* An update and the dispatch on it, whose exchange->route is the route. Null: one after the other. */
+  ultraepResult_t (*routeDispatch)(const int32_t *topkIdx, const float *topkWeights, int nTokens,
+                                   const backendExchange_t *exchange, cudaStream_t stream);
   /* Null: route->plan is there once the update has returned. */
   ultraepResult_t (*routePlan)(ultraepRoute_t route, ultraepPlan_t *plan);
 
@@ -41,6 +44,9 @@ typedef struct {
 
   /* Collective. Compares the layer over the ranks; makes the slots at the first registration. */
   ultraepResult_t (*expertsRegister)(ultraepGroup_t group, const struct groupLayer *layer);
+  /* The first registration has changed the rates in group->planner, for routes updated from now on. Null: the
+   * backend cannot follow, a gate on registered bytes stays off. */
+  void (*gateChanged)(ultraepGroup_t group);
   ultraepResult_t (*weightsSync)(ultraepRoute_t route, const struct groupLayer *layer, cudaStream_t stream);
   ultraepResult_t (*gradsReduce)(ultraepRoute_t route, const struct groupLayer *layer, cudaStream_t stream);
 } backend_t;

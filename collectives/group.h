@@ -80,6 +80,8 @@ struct backendExchange {
 /* Checks a handle and the group's standing error; phase names the call for the status. */
 ultraepResult_t group_enter(ultraepGroup_t group, const char *phase);
 ultraepResult_t route_enter(ultraepRoute_t route, const char *phase);
+/* Checks the inputs of an update. */
+ultraepResult_t route_check_tokens(ultraepRoute_t route, const int32_t *topkIdx, int nTokens);
 
 /* Makes the parts of a group that no backend changes; config must be checked. nDomainRanks: found by the
  * backend. */

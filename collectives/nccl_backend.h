@@ -1,6 +1,7 @@
 /* The NCCL backend: ranks are GPUs of one domain, windows are symmetric memory that kernels read and write.
  *
  *   nccl_symbols.c   NCCL's functions, found at run time
+ *   nccl_call.c      those that wait for other ranks, bounded
  *   nccl_group.c     create, agree, status, abort, destroy
  *   nccl_memory.c    symmetric regions
  *   nccl_exchange.c  routes, dispatch, combine: parameters for the kernels
@@ -33,15 +34,15 @@ typedef struct {
 typedef struct {
   const ncclSymbols_t *nccl;
   ncclComm_t comm;
-  int rank, nRanks, device;
+  int rank, nRanks, device, timeoutMs;
   cudaStream_t stream; /* for what is not on a caller's stream: agreement, aborts */
   ncclRegion_t window;
   size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
   kernelGroup_t kernel;
-  bool isStuck;     /* a meeting on `stream` timed out and is still pending there */
+  bool isStuck;     /* a meeting timed out and is still pending in NCCL or on `stream` */
   cudaEvent_t work; /* after the last call that was enqueued outside a capture */
   void *pinned;     /* mapped: the failure, then the status of each route */
-  kernelFailure_t *failure;
+  kernelFailure_t *failure, *deviceFailure;       /* and as mapped */
   kernelRouteStatus_t *statuses, *deviceStatuses; /* [maxRoutes], and as mapped */
   char *agreeBuffer;                              /* device: (R + 1) messages */
   void *deviceBlock;                              /* state, chunk counts */
@@ -73,14 +74,25 @@ ultraepResult_t nccl_nccl_error(const ncclRank_t *self, int result, const char *
  * recorded. */
 void *nccl_device_alloc(ncclRank_t *self, size_t bytes, const char *what);
 void nccl_device_free(ncclRank_t *self, void *ptr);
-/* Remembers that work was enqueued; waits for all that was. */
-void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream);
+/* Whether a graph is being captured from the stream. */
+bool nccl_is_captured(cudaStream_t stream);
+/* Remembers that work was enqueued (not when captured); waits for all that was. */
+void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream, bool captured);
 cudaError_t nccl_work_wait(ncclRank_t *self);
 
+int64_t nccl_now_ms(void);
+/* A meeting ended by the timeout: from now on the group has failed. */
+ultraepResult_t nccl_give_up(ncclRank_t *self, const char *phase);
+
+/* Makes a call of NCCL that may wait for other ranks, at most the group's timeout. argument (bytes <= 64) is
+ * given to `run` as a copy, which comes back when the call has ended. */
+typedef int (*ncclCall_t)(const ncclSymbols_t *nccl, ncclComm_t comm, void *argument);
+ultraepResult_t nccl_call(ncclRank_t *self, ncclCall_t run, void *argument, size_t bytes, const char *what);
+
 /* Collective: gives every rank's message (bytes <= NCCL_AGREE_BYTES) to all, in order of rank; messages holds
- * R * bytes. Waits at most the group's timeout. */
+ * R * bytes. Waits at most the group's timeout for each of its two steps. */
 #define NCCL_AGREE_BYTES 512
-ultraepResult_t nccl_agree(ultraepGroup_t group, const void *mine, void *messages, size_t bytes,
+ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase);
 
 /* Collective: allocates (ptr null) or takes memory, registers it and finds the peers' pointers. `zero` clears
@@ -97,8 +109,10 @@ void nccl_route_destroy(ultraepRoute_t route);
 ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
                                   int nTokens, cudaStream_t stream);
 ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan);
+ultraepResult_t nccl_route_dispatch(const int32_t *topkIdx, const float *topkWeights, int nTokens,
+                                    const backendExchange_t *exchange, cudaStream_t stream);
 /* How the route's last update came out, as far as it is known without waiting. */
-ultraepResult_t nccl_route_check(ultraepRoute_t route);
+ultraepResult_t nccl_route_status(ultraepRoute_t route);
 ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream);
 ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream);
 

@@ -21,6 +21,8 @@ static void route_carve(ncclRoute_t *route, const struct ultraepGroup *group, ar
   kernel->firstRow = arena_take(arena, nSegments, sizeof(*kernel->firstRow));
   kernel->rows = arena_take(arena, nSegments, sizeof(*kernel->rows));
   kernel->totalRows = arena_take(arena, 1, sizeof(*kernel->totalRows));
+  kernel->slotExpert =
+      arena_take(arena, (size_t)group->nRanks * (size_t)group->config.nSlots, sizeof(*kernel->slotExpert));
   kernel->status = arena_take(arena, 1, sizeof(*kernel->status));
 }
 
@@ -81,33 +83,59 @@ void nccl_route_destroy(ultraepRoute_t route) {
   free(impl);
 }
 
-ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
-                                  int nTokens, cudaStream_t stream) {
+/* A number that ranks share when they are in the same call with the same places: a hash of `words`, never 0,
+ * below KERNEL_CHECK_BAD_ENTRY. */
+static uint32_t exchange_hash(const uint64_t *words, size_t n) {
+  uint64_t hash = UINT64_C(0xcbf29ce484222325);
+  for (size_t i = 0; i < n; i++) {
+    hash = (hash ^ words[i]) * UINT64_C(0x9e3779b97f4a7c15);
+    hash ^= hash >> 29;
+  }
+  return ((uint32_t)hash | 1) & ~KERNEL_CHECK_BAD_ENTRY;
+}
+
+enum { CALL_UPDATE = 100, CALL_UPDATE_DISPATCH }; /* beside ultraepDirection_t */
+
+static kernelUpdate_t update_kernel(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
+                                    int nTokens, bool captured) {
+  const ncclRoute_t *impl = route->impl;
+  const uint64_t words[] = {CALL_UPDATE, (uint64_t)route->index};
+  return (kernelUpdate_t){.topkIdx = topkIdx,
+                          .topkWeights = topkWeights,
+                          .nTokens = nTokens,
+                          .number = captured ? 0 : impl->nUpdates + 1,
+                          .check = exchange_hash(words, sizeof(words) / sizeof(words[0]))};
+}
+
+/* What the host remembers of an update that was enqueued. */
+static void update_enqueued(ultraepRoute_t route, const kernelUpdate_t *update, bool captured,
+                            cudaStream_t stream) {
   ncclRoute_t *impl = route->impl;
-  enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  (void)cudaStreamIsCapturing(stream, &capture);
-  bool captured = capture != cudaStreamCaptureStatusNone;
-  int32_t number = captured ? 0 : impl->nUpdates + 1;
-  cudaError_t error = (cudaError_t)kernelRouteLaunch(&nccl_rank(route->group)->kernel, &impl->kernel, topkIdx,
-                                                     topkWeights, nTokens, number, stream);
-  if (error != cudaSuccess) return nccl_cuda_error(error, "route");
-  nccl_work_enqueued(nccl_rank(route->group), stream);
   if (captured)
     impl->isCaptured = true;
   else
-    impl->nUpdates = number;
-  route->nTokens = nTokens;
+    impl->nUpdates = update->number;
+  nccl_work_enqueued(nccl_rank(route->group), stream, captured);
+  route->nTokens = update->nTokens;
   route->planned = true;
+}
+
+ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
+                                  int nTokens, cudaStream_t stream) {
+  const ncclRoute_t *impl = route->impl;
+  bool captured = nccl_is_captured(stream);
+  kernelUpdate_t update = update_kernel(route, topkIdx, topkWeights, nTokens, captured);
+  cudaError_t error =
+      (cudaError_t)kernelRouteLaunch(&nccl_rank(route->group)->kernel, &impl->kernel, &update, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "route");
+  update_enqueued(route, &update, captured, stream);
   return ultraepSuccess;
 }
 
-ultraepResult_t nccl_route_check(ultraepRoute_t route) {
+ultraepResult_t nccl_route_status(ultraepRoute_t route) {
   const ncclRoute_t *impl = route->impl;
   const volatile kernelRouteStatus_t *status = impl->status;
-  /* Only the status of the last update counts, and none once replays of a graph update the route too: ranks
-   * would learn of it at different times, and some would refuse a call that others wait in. The kernels
-   * refuse alike. */
-  if (!route->planned || impl->isCaptured || status->nUpdates != impl->nUpdates) return ultraepSuccess;
+  if (!route->planned || status->nUpdates != impl->nUpdates) return ultraepSuccess;
   __sync_synchronize();
   const struct ultraepGroup *group = route->group;
   switch (status->code) {
@@ -124,9 +152,23 @@ ultraepResult_t nccl_route_check(ultraepRoute_t route) {
   case ultraepRemoteError:
     return error_set(ultraepRemoteError, "route %d: rank %d passed an expert that does not exist",
                      route->index, status->rank);
+  case ultraepInvalidUsage:
+    if (status->rank >= 0)
+      return error_set(ultraepInvalidUsage,
+                       "route %d: rank %d was in another call, or its symmetric buffer lies elsewhere",
+                       route->index, status->rank);
+    return ultraepSuccess; /* no replay has updated the route yet */
   default:
     return error_set((ultraepResult_t)status->code, "route %d: its update failed", route->index);
   }
+}
+
+/* What a call on the route is refused for. Nothing once replays of a graph update the route too: ranks would
+ * learn of a failure at different times, and some would refuse a call that others wait in. The kernels refuse
+ * alike. */
+static ultraepResult_t route_check(ultraepRoute_t route) {
+  const ncclRoute_t *impl = route->impl;
+  return impl->isCaptured ? ultraepSuccess : nccl_route_status(route);
 }
 
 ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan) {
@@ -146,7 +188,7 @@ ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan) {
         cudaMemcpyAsync(impl->hostLoads, impl->kernel.loads, loadBytes, cudaMemcpyDeviceToHost, self->stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, "ultraepRoutePlan");
-  result = nccl_route_check(route);
+  result = nccl_route_status(route);
   if (result != ultraepSuccess) return result;
   /* The device planner's plan is the host planner's, to the bit. */
   return ultraepPlannerRun(&group->planner, impl->hostLoads, impl->planWorkspace, impl->planBytes, plan);
@@ -158,9 +200,8 @@ static char *const *exchange_peers(const ncclRank_t *self, groupPlace_t place) {
   return place.region < 0 ? NULL : self->regions[place.region].devicePeers;
 }
 
-/* A number that ranks share when they are in the same call with the same places. Never 0. */
-static uint32_t exchange_check(const backendExchange_t *x) {
-  const uint64_t words[] = {(uint64_t)x->direction,
+static uint32_t exchange_check(const backendExchange_t *x, int call) {
+  const uint64_t words[] = {(uint64_t)call,
                             (uint64_t)x->dataType,
                             (uint64_t)x->route->index,
                             (uint64_t)x->rows.region,
@@ -169,12 +210,7 @@ static uint32_t exchange_check(const backendExchange_t *x) {
                             x->scales.region < 0 ? 0 : x->scales.offset,
                             (uint64_t)x->weights.region,
                             x->weights.region < 0 ? 0 : x->weights.offset};
-  uint64_t hash = UINT64_C(0xcbf29ce484222325);
-  for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
-    hash = (hash ^ words[i]) * UINT64_C(0x9e3779b97f4a7c15);
-    hash ^= hash >> 29;
-  }
-  return (uint32_t)hash | 1;
+  return exchange_hash(words, sizeof(words) / sizeof(words[0]));
 }
 
 static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
@@ -198,7 +234,7 @@ static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
       .weighted = x->weighted, /* a route without weights holds ones: the same sums */
       .once = dispatch ? group->config.dispatchMode == ULTRAEP_DISPATCH_ONCE
                        : group->config.combineMode == ULTRAEP_COMBINE_PARTIAL,
-      .check = exchange_check(x),
+      .check = exchange_check(x, x->direction),
       .partialsOffset = self->partialsOffset,
   };
 }
@@ -209,19 +245,35 @@ typedef int (*exchangeLaunch_t)(const kernelGroup_t *group, const kernelRoute_t 
 
 static ultraepResult_t exchange_enqueue(const backendExchange_t *exchange, exchangeLaunch_t launch,
                                         const char *what, cudaStream_t stream) {
-  ultraepResult_t result = nccl_route_check(exchange->route);
+  ultraepResult_t result = route_check(exchange->route);
   if (result != ultraepSuccess) return result;
   const ncclRoute_t *route = exchange->route->impl;
   ncclRank_t *self = nccl_rank(exchange->route->group);
   kernelExchange_t kernel = exchange_kernel(exchange);
   cudaError_t error = (cudaError_t)launch(&self->kernel, &route->kernel, &kernel, stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, what);
-  nccl_work_enqueued(self, stream);
+  nccl_work_enqueued(self, stream, nccl_is_captured(stream));
   return ultraepSuccess;
 }
 
 ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream) {
   return exchange_enqueue(exchange, kernelDispatchLaunch, "dispatch", stream);
+}
+
+ultraepResult_t nccl_route_dispatch(const int32_t *topkIdx, const float *topkWeights, int nTokens,
+                                    const backendExchange_t *exchange, cudaStream_t stream) {
+  ultraepRoute_t route = exchange->route;
+  const ncclRoute_t *impl = route->impl;
+  bool captured = nccl_is_captured(stream);
+  kernelUpdate_t update = update_kernel(route, topkIdx, topkWeights, nTokens, captured);
+  kernelExchange_t kernel = exchange_kernel(exchange);
+  kernel.nTokens = nTokens;
+  kernel.check = update.check = exchange_check(exchange, CALL_UPDATE_DISPATCH);
+  cudaError_t error = (cudaError_t)kernelRouteDispatchLaunch(&nccl_rank(route->group)->kernel, &impl->kernel,
+                                                             &update, &kernel, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, "route and dispatch");
+  update_enqueued(route, &update, captured, stream);
+  return ultraepSuccess;
 }
 
 ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream) {

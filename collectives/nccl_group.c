@@ -8,9 +8,10 @@
 #include <string.h>
 #include <time.h>
 
-#define NCCL_DEFAULT_BLOCKS 16 /* SMs a kernel uses unless the config says otherwise */
+#define NCCL_DEFAULT_BLOCKS 16         /* SMs a kernel uses unless the config says otherwise */
+#define GROUP_REFUSAL_TIMEOUT_MS 30000 /* for telling the others of a config whose own timeout is unknown */
 
-static const char *const ncclPhases[] = {"", "route", "dispatch", "combine", "memory", "abort"};
+static const char *const ncclPhases[] = {"", "route", "dispatch", "combine", "memory"};
 
 ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what) {
   return error_set(ultraepUnhandledCudaError, "%s: %s", what, cudaGetErrorString(error));
@@ -39,10 +40,13 @@ void nccl_device_free(ncclRank_t *self, void *ptr) {
   if (ptr) (void)cudaFreeAsync(ptr, self->stream);
 }
 
-void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream) {
+bool nccl_is_captured(cudaStream_t stream) {
   enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone)
-    (void)cudaEventRecord(self->work, stream);
+  return cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture != cudaStreamCaptureStatusNone;
+}
+
+void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream, bool captured) {
+  if (!captured) (void)cudaEventRecord(self->work, stream);
 }
 
 cudaError_t nccl_work_wait(ncclRank_t *self) {
@@ -51,59 +55,67 @@ cudaError_t nccl_work_wait(ncclRank_t *self) {
 
 /* ---- agreement ---- */
 
-static int64_t group_now_ms(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
 /* Waits for the group's own stream, but not for ever: a rank that never comes leaves NCCL's kernel waiting.
  */
-static ultraepResult_t group_wait(ultraepGroup_t group, const char *phase) {
-  ncclRank_t *self = nccl_rank(group);
-  int64_t deadline = group_now_ms() + group->config.timeoutMs;
+static ultraepResult_t group_wait(ncclRank_t *self, const char *phase) {
+  int64_t deadline = nccl_now_ms() + self->timeoutMs;
   for (;;) {
     cudaError_t error = cudaStreamQuery(self->stream);
     if (error == cudaSuccess) return ultraepSuccess;
     if (error != cudaErrorNotReady) return nccl_cuda_error(error, phase);
     if (self->failure->abort)
       return error_set(ultraepRemoteError, "%s: the group was aborted on this rank", phase);
-    if (group_now_ms() > deadline) {
-      /* NCCL's kernel stays on the stream: nothing may wait for that any more. */
-      self->isStuck = true;
-      self->failure->phase = KERNEL_PHASE_MEMORY;
-      self->failure->rank = -1;
-      __atomic_store_n(&self->failure->code, (int32_t)ultraepTimeout, __ATOMIC_RELEASE);
-      return error_set(ultraepTimeout, "%s: a rank did not come within %d ms", phase,
-                       group->config.timeoutMs);
-    }
+    if (nccl_now_ms() > deadline) return nccl_give_up(self, phase);
     nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
   }
 }
 
-ultraepResult_t nccl_agree(ultraepGroup_t group, const void *mine, void *messages, size_t bytes,
+typedef struct {
+  const void *send;
+  void *recv;
+  size_t bytes;
+  cudaStream_t stream;
+} groupGather_t;
+
+static int group_gather(const ncclSymbols_t *nccl, ncclComm_t comm, void *argument) {
+  const groupGather_t *gather = argument;
+  return nccl->AllGather(gather->send, gather->recv, gather->bytes, NCCL_TYPE_INT8, comm, gather->stream);
+}
+
+ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase) {
-  ncclRank_t *self = nccl_rank(group);
-  char *all = self->agreeBuffer + NCCL_AGREE_BYTES;
+  groupGather_t gather = {self->agreeBuffer, self->agreeBuffer + NCCL_AGREE_BYTES, bytes, self->stream};
   cudaError_t error = cudaMemcpyAsync(self->agreeBuffer, mine, bytes, cudaMemcpyHostToDevice, self->stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, phase);
-  int status = self->nccl->AllGather(self->agreeBuffer, all, bytes, NCCL_TYPE_INT8, self->comm, self->stream);
-  if (status != 0) return nccl_nccl_error(self, status, phase);
-  ultraepResult_t result = group_wait(group, phase);
+  ultraepResult_t result = nccl_call(self, group_gather, &gather, sizeof(gather), phase);
+  if (result == ultraepSuccess) result = group_wait(self, phase);
   if (result != ultraepSuccess) return result;
-  error = cudaMemcpyAsync(messages, all, bytes * (size_t)self->nRanks, cudaMemcpyDeviceToHost, self->stream);
+  error = cudaMemcpyAsync(messages, gather.recv, bytes * (size_t)self->nRanks, cudaMemcpyDeviceToHost,
+                          self->stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
   return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, phase);
 }
 
-static ultraepResult_t group_agree_config(ultraepGroup_t group, const ultraepConfig_t *config) {
-  ncclRank_t *self = nccl_rank(group);
-  ultraepConfig_t *all = calloc((size_t)self->nRanks, sizeof(*all));
-  if (!all) return error_set(ultraepSystemError, "no memory for a group");
-  ultraepResult_t result = nccl_agree(group, config, all, sizeof(*all), "create");
-  for (int r = 1; r < self->nRanks && result == ultraepSuccess; r++) {
-    const char *field = config_difference(&all[0], &all[r]);
-    if (field)
+typedef struct {
+  int32_t result, reserved; /* what this rank has met so far */
+  ultraepConfig_t config;
+} groupOffer_t;
+_Static_assert(sizeof(groupOffer_t) <= NCCL_AGREE_BYTES, "an offer is one message");
+
+/* Every rank can go on, and with the same config; a rank that cannot is not waited for later. */
+static ultraepResult_t group_agree_config(ncclRank_t *self, const ultraepConfig_t *config,
+                                          ultraepResult_t own) {
+  groupOffer_t mine = {.result = (int32_t)own}, *all = calloc((size_t)self->nRanks, sizeof(*all));
+  if (own == ultraepSuccess) mine.config = *config;
+  ultraepResult_t result = all ? nccl_agree(self, &mine, all, sizeof(mine), "create")
+                               : error_set(ultraepSystemError, "no memory for a group");
+  if (own != ultraepSuccess) result = own;
+  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) {
+    const char *field = all[r].result == 0 ? config_difference(&all[0].config, &all[r].config) : NULL;
+    if (all[r].result != 0)
+      result = error_set(ultraepRemoteError, "create: rank %d cannot make the group: %s", r,
+                         ultraepGetErrorString((ultraepResult_t)all[r].result));
+    else if (field)
       result = error_set(ultraepInvalidArgument, "config.%s differs between ranks 0 and %d", field, r);
   }
   free(all);
@@ -181,30 +193,38 @@ static void group_set_kernel(ultraepGroup_t group) {
   };
 }
 
-static ultraepResult_t group_allocate(ultraepGroup_t group) {
-  ncclRank_t *self = nccl_rank(group);
-  size_t counts = (size_t)self->kernel.nBlocks * (size_t)group->config.nExperts * sizeof(int32_t);
-  size_t state = group_align(sizeof(kernelState_t)), agree = NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1);
+/* What ranks need to meet at all: nothing here depends on the config but the number of routes. */
+static ultraepResult_t group_make_meeting(ncclRank_t *self, int maxRoutes) {
   size_t failure = group_align(sizeof(kernelFailure_t));
-  size_t pinned = failure + (size_t)group->config.maxRoutes * sizeof(kernelRouteStatus_t);
+  size_t pinned = failure + (size_t)maxRoutes * sizeof(kernelRouteStatus_t);
+  size_t agree = NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1);
   char *mapped = NULL;
-  cudaError_t error = (cudaError_t)kernelsLoad();
-  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
+  cudaError_t error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
   if (error == cudaSuccess) error = cudaEventCreateWithFlags(&self->work, cudaEventDisableTiming);
   if (error == cudaSuccess) error = cudaHostAlloc(&self->pinned, pinned, cudaHostAllocMapped);
   if (error == cudaSuccess) error = cudaHostGetDevicePointer((void **)&mapped, self->pinned, 0);
   if (error != cudaSuccess) return nccl_cuda_error(error, "a group's memory");
   memset(self->pinned, 0, pinned);
   self->failure = self->pinned;
-  self->kernel.failure = (kernelFailure_t *)mapped;
   self->statuses = (kernelRouteStatus_t *)((char *)self->pinned + failure);
+  self->deviceFailure = (kernelFailure_t *)mapped;
   self->deviceStatuses = (kernelRouteStatus_t *)(mapped + failure);
-  self->deviceBlock = nccl_device_alloc(self, state + counts, "a group's state");
   self->agreeBuffer = nccl_device_alloc(self, agree, "a group's messages");
-  if (!self->deviceBlock || !self->agreeBuffer) return ultraepUnhandledCudaError;
+  return self->agreeBuffer ? ultraepSuccess : ultraepUnhandledCudaError;
+}
+
+static ultraepResult_t group_allocate(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  size_t counts = (size_t)self->kernel.nBlocks * (size_t)group->config.nExperts * sizeof(int32_t);
+  size_t state = group_align(sizeof(kernelState_t));
+  cudaError_t error = (cudaError_t)kernelsLoad();
+  if (error != cudaSuccess) return nccl_cuda_error(error, "the kernels");
+  self->deviceBlock = nccl_device_alloc(self, state + counts, "a group's state");
+  if (!self->deviceBlock) return ultraepUnhandledCudaError;
+  self->kernel.failure = self->deviceFailure;
   self->kernel.state = self->deviceBlock;
   self->kernel.chunkCounts = (int32_t *)((char *)self->deviceBlock + state);
-  group->privateBytes = (int64_t)(state + counts + agree);
+  group->privateBytes = (int64_t)(state + counts + NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1));
   return ultraepSuccess;
 }
 
@@ -220,7 +240,7 @@ static void group_release(ncclRank_t *self) {
     (void)cudaFreeHost(self->pinned);
   }
   if (self->work) (void)cudaEventDestroy(self->work);
-  if (self->stream) (void)cudaStreamDestroy(self->stream);
+  if (self->stream && !self->isStuck) (void)cudaStreamDestroy(self->stream);
   free(self->regions);
   free(self);
 }
@@ -245,22 +265,36 @@ static ultraepResult_t group_look_at_comm(ncclComm_t comm, ncclRank_t *self) {
 
 static const backend_t ncclBackend;
 
-ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config) {
-  ncclRank_t *self = calloc(1, sizeof(*self));
-  if (!self) return error_set(ultraepSystemError, "no memory for a group");
-  ultraepGroup_t made = NULL;
-  ultraepResult_t result = group_look_at_comm(comm, self);
-  if (result == ultraepSuccess) result = config_check(config, self->nRanks);
-  if (result == ultraepSuccess)
-    result = group_make(&made, &ncclBackend, config, self->rank, self->nRanks,
-                        config->domainRanks ? config->domainRanks : self->nRanks);
-  if (result != ultraepSuccess) goto free_self;
+/* This rank's part: whether it could make the group, before any peer is asked. */
+static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, const ultraepConfig_t *config) {
+  ultraepGroup_t made;
+  ultraepResult_t result = group_make(&made, &ncclBackend, config, self->rank, self->nRanks,
+                                      config->domainRanks ? config->domainRanks : self->nRanks);
+  if (result != ultraepSuccess) return result;
   made->impl = self;
   group_set_kernel(made);
   group_lay_out_window(made);
   result = group_look_at_device(made);
   if (result == ultraepSuccess) result = group_allocate(made);
-  if (result == ultraepSuccess) result = group_agree_config(made, config);
+  if (result == ultraepSuccess)
+    *group = made;
+  else
+    group_free(made);
+  return result;
+}
+
+ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config) {
+  ncclRank_t *self = calloc(1, sizeof(*self));
+  if (!self) return error_set(ultraepSystemError, "no memory for a group");
+  ultraepGroup_t made = NULL;
+  ultraepResult_t result = group_look_at_comm(comm, self);
+  if (result != ultraepSuccess) goto free_self;
+  ultraepResult_t own = config_check(config, self->nRanks);
+  self->timeoutMs = own == ultraepSuccess ? config->timeoutMs : GROUP_REFUSAL_TIMEOUT_MS;
+  result = group_make_meeting(self, own == ultraepSuccess ? config->maxRoutes : 1);
+  if (result != ultraepSuccess) goto free_self;
+  if (own == ultraepSuccess) own = group_prepare(&made, self, config);
+  result = group_agree_config(self, config, own);
   if (result == ultraepSuccess) result = nccl_region_open(made, NULL, self->windowBytes, true, &self->window);
   if (result != ultraepSuccess) goto free_group;
   self->kernel.windows = self->window.devicePeers;
@@ -269,7 +303,7 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   return ultraepSuccess;
 
 free_group:
-  group_free(made);
+  if (made) group_free(made);
 free_self:
   group_release(self);
   return result;
@@ -308,7 +342,7 @@ static void group_status(ultraepGroup_t group, ultraepStatus_t *status) {
   }
   for (int i = 0; i < group->config.maxRoutes && status->code == ultraepSuccess; i++) {
     if (!group->routes[i]) continue;
-    status->code = nccl_route_check(group->routes[i]);
+    status->code = nccl_route_status(group->routes[i]);
     if (status->code != ultraepSuccess) snprintf(status->phase, sizeof(status->phase), "route");
   }
 }
@@ -382,6 +416,7 @@ static const backend_t ncclBackend = {
     .routeCreate = nccl_route_create,
     .routeDestroy = nccl_route_destroy,
     .routeUpdate = nccl_route_update,
+    .routeDispatch = nccl_route_dispatch,
     .routePlan = nccl_route_plan,
     .dispatch = nccl_dispatch,
     .combine = nccl_combine,

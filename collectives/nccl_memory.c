@@ -23,6 +23,38 @@ static ultraepResult_t region_find_peers(const ncclRank_t *self, ncclRegion_t *r
   return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, "cudaMemcpy");
 }
 
+typedef struct {
+  void *base;
+  size_t bytes;
+  ncclWindow_t window; /* out */
+} regionWindow_t;
+
+static int region_register(const ncclSymbols_t *nccl, ncclComm_t comm, void *argument) {
+  regionWindow_t *x = argument;
+  return nccl->CommWindowRegister(comm, x->base, x->bytes, &x->window, NCCL_WINDOW_SYMMETRIC);
+}
+
+/* Where a caller's memory begins in its allocation: NCCL wants that alike on all ranks. 0 where the driver
+ * does not tell. */
+static uint64_t region_offset(void *ptr) {
+#if CUDART_VERSION >= 12050
+  void *function = NULL;
+  unsigned long long base = 0;
+  size_t bytes = 0;
+  enum cudaDriverEntryPointQueryResult found;
+  if (!ptr || cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &function, 12000, cudaEnableDefault,
+                                               &found) != cudaSuccess)
+    return 0;
+  int (*range)(unsigned long long *, size_t *, unsigned long long) = NULL;
+  memcpy(&range, &function, sizeof(range));
+  if (!range || range(&base, &bytes, (unsigned long long)(uintptr_t)ptr) != 0) return 0;
+  return (uint64_t)(uintptr_t)ptr - base;
+#else
+  (void)ptr;
+  return 0;
+#endif
+}
+
 ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, bool zero,
                                  ncclRegion_t *region) {
   ncclRank_t *self = nccl_rank(group);
@@ -46,23 +78,30 @@ ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, 
   }
 
   /* All ranks or none go on to the registration, which waits for all. */
-  uint64_t mine[2] = {bytes, (uint64_t)result}, *all = calloc((size_t)self->nRanks, sizeof(mine));
-  ultraepResult_t agreed = all ? nccl_agree(group, mine, all, sizeof(mine), "memory")
+  uint64_t mine[3] = {bytes, (uint64_t)result, region_offset(ptr)},
+           *all = calloc((size_t)self->nRanks, sizeof(mine));
+  ultraepResult_t agreed = all ? nccl_agree(self, mine, all, sizeof(mine), "memory")
                                : error_set(ultraepSystemError, "no memory for a region");
   for (int r = 0; r < self->nRanks && agreed == ultraepSuccess && result == ultraepSuccess; r++) {
-    if (all[2 * r + 1] != 0) result = error_set(ultraepRemoteError, "memory: rank %d could not allocate", r);
-    if (all[2 * r] != bytes)
+    const uint64_t *theirs = all + 3 * r;
+    if (theirs[1] != 0)
+      result = error_set(ultraepRemoteError, "memory: rank %d could not allocate", r);
+    else if (theirs[0] != bytes)
       result = error_set(ultraepInvalidUsage, "memory: rank %d asks for %llu bytes, rank %d for %zu", r,
-                         (unsigned long long)all[2 * r], self->rank, bytes);
+                         (unsigned long long)theirs[0], self->rank, bytes);
+    else if (theirs[2] != mine[2])
+      result = error_set(ultraepInvalidUsage,
+                         "memory: rank %d's memory begins %llu bytes into its allocation, rank %d's %llu", r,
+                         (unsigned long long)theirs[2], self->rank, (unsigned long long)mine[2]);
   }
   free(all);
   if (result == ultraepSuccess) result = agreed;
   if (result != ultraepSuccess) goto close_region;
 
-  status = self->nccl->CommWindowRegister(self->comm, made.base, bytes, &made.window, NCCL_WINDOW_SYMMETRIC);
-  if (status != 0)
-    result = nccl_nccl_error(self, status, "ncclCommWindowRegister");
-  else if (!made.window)
+  regionWindow_t window = {made.base, bytes, NULL};
+  result = nccl_call(self, region_register, &window, sizeof(window), "ncclCommWindowRegister");
+  made.window = window.window;
+  if (result == ultraepSuccess && !made.window)
     result = error_set(ultraepInvalidUsage, "NCCL gave no window: this communicator has no symmetric memory "
                                             "(cuMem and peer access between all its GPUs are needed)");
   if (result == ultraepSuccess) result = region_find_peers(self, &made);
@@ -71,7 +110,7 @@ ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, 
   return ultraepSuccess;
 
 close_region:
-  nccl_region_close(self, &made, !ptr);
+  if (!self->isStuck) nccl_region_close(self, &made, !ptr); /* else NCCL may still be using it */
   return result;
 }
 
@@ -113,7 +152,7 @@ ultraepResult_t nccl_mem_destroy(ultraepGroup_t group, int number) {
   if (error != cudaSuccess) return nccl_cuda_error(error, "ultraepMemFree");
   uint64_t mine = (uint64_t)number, *all = calloc((size_t)self->nRanks, sizeof(mine));
   if (!all) return error_set(ultraepSystemError, "no memory for freeing a region");
-  ultraepResult_t result = nccl_agree(group, &mine, all, sizeof(mine), "memory");
+  ultraepResult_t result = nccl_agree(self, &mine, all, sizeof(mine), "memory");
   for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++)
     if (all[r] != mine)
       result = error_set(ultraepInvalidUsage, "ultraepMemFree: rank %d frees another region than rank %d", r,

@@ -30,6 +30,7 @@ static void symbols_load(void) {
       {"ncclCommWindowRegister", (void **)&ncclSymbols.CommWindowRegister},
       {"ncclCommWindowDeregister", (void **)&ncclSymbols.CommWindowDeregister},
       {"ncclGetPeerDevicePointer", (void **)&ncclSymbols.GetPeerDevicePointer},
+      {"ncclCommGetAsyncError", (void **)&ncclSymbols.CommGetAsyncError},
       {"ncclAllGather", (void **)&ncclSymbols.AllGather},
   };
   void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_NOLOAD);

@@ -10,6 +10,7 @@ typedef struct ncclWindow_vidmem *ncclWindow_t;
 #define NCCL_WINDOW_SYMMETRIC 1    /* NCCL_WIN_COLL_SYMMETRIC */
 #define NCCL_WINDOW_ALIGNMENT 4096 /* NCCL_WIN_REQUIRED_ALIGNMENT */
 #define NCCL_TYPE_INT8 0           /* ncclInt8 */
+#define NCCL_IN_PROGRESS 7         /* ncclInProgress */
 
 typedef struct {
   int (*GetVersion)(int *version);
@@ -22,6 +23,7 @@ typedef struct {
   int (*CommWindowRegister)(ncclComm_t comm, void *buffer, size_t bytes, ncclWindow_t *window, int flags);
   int (*CommWindowDeregister)(ncclComm_t comm, ncclWindow_t window);
   int (*GetPeerDevicePointer)(ncclWindow_t window, size_t offset, int peer, void **ptr);
+  int (*CommGetAsyncError)(ncclComm_t comm, int *result);
   int (*AllGather)(const void *send, void *recv, size_t count, int type, ncclComm_t comm,
                    cudaStream_t stream);
 } ncclSymbols_t;

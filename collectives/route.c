@@ -49,16 +49,22 @@ ultraepResult_t ultraepRouteDestroy(ultraepRoute_t route) {
   return ultraepSuccess;
 }
 
+ultraepResult_t route_check_tokens(ultraepRoute_t route, const int32_t *topkIdx, int nTokens) {
+  const ultraepConfig_t *config = &route->group->config;
+  if (nTokens < 0 || nTokens > config->maxTokens)
+    return error_set(ultraepInvalidArgument, "nTokens is %d: must be in 0..%d (config.maxTokens)", nTokens,
+                     config->maxTokens);
+  if (!topkIdx && nTokens > 0) return error_set(ultraepInvalidArgument, "topkIdx is null");
+  return ultraepSuccess;
+}
+
 ultraepResult_t ultraepRouteUpdate(ultraepRoute_t route, const int32_t *topkIdx, const float *topkWeights,
                                    int nTokens, cudaStream_t stream) {
   ultraepResult_t result = route_enter(route, PHASE);
   if (result != ultraepSuccess) return result;
-  ultraepGroup_t group = route->group;
-  if (nTokens < 0 || nTokens > group->config.maxTokens)
-    return error_set(ultraepInvalidArgument, "nTokens is %d: must be in 0..%d (config.maxTokens)", nTokens,
-                     group->config.maxTokens);
-  if (!topkIdx && nTokens > 0) return error_set(ultraepInvalidArgument, "topkIdx is null");
-  return group->backend->routeUpdate(route, topkIdx, topkWeights, nTokens, stream);
+  result = route_check_tokens(route, topkIdx, nTokens);
+  if (result != ultraepSuccess) return result;
+  return route->group->backend->routeUpdate(route, topkIdx, topkWeights, nTokens, stream);
 }
 
 ultraepResult_t ultraepRouteSegments(ultraepRoute_t route, ultraepSegments_t *segments) {

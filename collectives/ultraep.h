@@ -300,6 +300,12 @@ typedef struct {
 ULTRAEP_API ultraepResult_t ultraepAllToAllTensors(const ultraepTensors_t *tensors,
                                                    ultraepDirection_t direction, ultraepRoute_t route,
                                                    cudaStream_t stream);
+/* Collective. ultraepRouteUpdate and the dispatch on it, as one call on all ranks: the same results, errors
+ * and rules, where the NCCL backend launches one kernel in which the ranks meet once less. That counts with
+ * few tokens. An update that fails moves no row. */
+ULTRAEP_API ultraepResult_t ultraepRouteDispatch(ultraepRoute_t route, const int32_t *topkIdx,
+                                                 const float *topkWeights, int nTokens,
+                                                 const ultraepTensors_t *tensors, cudaStream_t stream);
 
 /* ---- replicas' weights and gradients ---- */
 typedef struct {

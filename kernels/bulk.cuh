@@ -47,6 +47,17 @@ __device__ __forceinline__ void barrierWait(uint64_t *barrier, uint32_t phase) {
   } while (!done);
 }
 
+// Whether a phase of the barrier is over, without waiting.
+__device__ __forceinline__ bool barrierTest(uint64_t *barrier, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(sharedAddress(barrier)), "r"(phase)
+      : "memory");
+  return done;
+}
+
 __device__ __forceinline__ void bulkStore(void *global, const void *shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                "r"(sharedAddress(shared)), "r"(bytes)
@@ -59,10 +70,15 @@ __device__ __forceinline__ void bulkCommit() {
 template <int N> __device__ __forceinline__ void bulkWaitRead() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
-// All of this thread's stores have been written, and what follows by ordinary accesses comes after them.
-__device__ __forceinline__ void bulkWaitWritten() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+// This thread's stores, but for the newest N groups, have been written, and what follows by ordinary accesses
+// comes after them.
+template <int N = 0> __device__ __forceinline__ void bulkWaitWritten() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
   asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+// What this thread wrote to shared memory by ordinary accesses comes before bulk copies that follow.
+__device__ __forceinline__ void bulkFenceShared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 // What this thread read or acquired by ordinary accesses comes before bulk copies that follow.
 __device__ __forceinline__ void bulkFence() {

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   extern __shared__ __align__(16) char memory[];
   if (route.status->code != kSuccess) return; // alike on every rank
   auto *bases = reinterpret_cast<const char **>(memory);
-  uint32_t call = g.state->exchangeCalls + 1;
+  uint32_t call = g.state->calls + 1;
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
     bases[r] = x.peerRows[r] + x.peerRowsOffset;
   int warps = blockDim.x / kWarp, first = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp;

@@ -51,24 +51,25 @@ int kernelsLoad(void);
 
 /* ---- a rank's part of a group ---- */
 
-/* ROUTE has two kinds, by parity of the call, since a fast rank may be one call ahead; META: metadata of a
- * route has arrived. GONE: set by a rank that leaves the group; ends waits for that rank. After the flags
- * comes one word, the failure mark: code << 32 | rank + 1 of the rank to blame; ends every wait. */
+/* OPEN: a rank is in its n-th collective call, whose check word tells which call that is. It has two kinds,
+ * by parity of the call, since a fast rank may be one call ahead. DONE: the rank has finished its part; META:
+ * metadata of a route has arrived. GONE: set by a rank that leaves the group; ends waits for that rank. After
+ * the flags comes one word, the failure mark: code << 32 | rank + 1 of the rank to blame; ends every wait. */
 enum {
-  KERNEL_FLAG_ROUTE = 0,
-  KERNEL_FLAG_READY = 2,
-  KERNEL_FLAG_DONE = 3,
-  KERNEL_FLAG_META = 4,
-  KERNEL_FLAG_GONE = 5,
-  KERNEL_FLAG_KINDS = 6
+  KERNEL_FLAG_OPEN = 0,
+  KERNEL_FLAG_DONE = 2,
+  KERNEL_FLAG_META = 3,
+  KERNEL_FLAG_GONE = 4,
+  KERNEL_FLAG_KINDS = 5
 };
+/* Beside a route's check word: the rank met an expert out of range. */
+#define KERNEL_CHECK_BAD_ENTRY 0x80000000u
 enum {
   KERNEL_PHASE_NONE = 0,
   KERNEL_PHASE_ROUTE = 1,
   KERNEL_PHASE_DISPATCH = 2,
   KERNEL_PHASE_COMBINE = 3,
-  KERNEL_PHASE_MEMORY = 4,
-  KERNEL_PHASE_ABORT = 5
+  KERNEL_PHASE_MEMORY = 4
 };
 
 /* Why a group stopped, in host memory mapped to the device: the kernels write, the host reads without
@@ -90,12 +91,11 @@ typedef struct {
 
 /* Device memory of one rank that only its own kernels touch. All zero at first. */
 typedef struct {
-  uint32_t routeCalls, exchangeCalls; /* finished */
-  uint32_t arrived[4];                /* blocks at each barrier of the kernel that runs */
-  uint32_t left;                      /* blocks that have finished */
-  uint32_t badEntry;                  /* the route under way met an expert out of range */
-  int32_t failed;                     /* ultraepResult_t once the group has failed */
-  int32_t reserved;
+  uint32_t calls;                                 /* collective calls that have finished */
+  uint32_t arrived[4];                            /* blocks at each barrier of the kernel that runs */
+  uint32_t left;                                  /* blocks that have finished */
+  uint32_t badEntry;                              /* the route under way met an expert out of range */
+  int32_t failed;                                 /* ultraepResult_t once the group has failed */
   unsigned long long dispatchBytes, combineBytes; /* rows that crossed ranks */
 } kernelState_t;
 
@@ -110,7 +110,7 @@ typedef struct {
   int32_t hasBulk;     /* the device has bulk copies (sm_90 and later) */
   int64_t maxRecvRows;
   uint64_t timeoutNs;
-  size_t loadsOffset;   /* in a window: int32 [2][R][E], by parity of the route call */
+  size_t loadsOffset;   /* in a window: int32 [2][R][E], by parity of the call */
   char *const *windows; /* [R] device array: every rank's window as seen from here */
   kernelState_t *state;
   kernelFailure_t *failure; /* as mapped to the device */
@@ -142,6 +142,7 @@ typedef struct {
   int32_t *loads;        /* [R][E] of the last update */
   int32_t *expert;       /* [nSegments], as in ultraepSegments_t */
   int64_t *firstRow, *rows, *totalRows;
+  int32_t *slotExpert; /* [R*S] expert in each slot of every rank, ascending on a rank, -1 where empty */
   kernelRouteStatus_t *status;
   kernelRouteStatus_t *hostStatus; /* the same in mapped host memory */
   size_t metaOffset;               /* in a window: kernelMeta_t [maxRecvRows], where usesMeta */
@@ -150,10 +151,19 @@ typedef struct {
 /* Bytes of shared memory that a route needs at least; more than the device's limit per block cannot be
  * launched. */
 size_t kernelRouteSharedBytes(const kernelPlanner_t *planner);
-/* Count, publish, plan, offsets. topkWeights may be null. number: of this update, 0 when captured into a
- * graph. */
-int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const int32_t *topkIdx,
-                      const float *topkWeights, int32_t nTokens, int32_t number, cudaStream_t stream);
+
+/* One update of a route. */
+typedef struct {
+  const int32_t *topkIdx;   /* [nTokens][topK] */
+  const float *topkWeights; /* [nTokens][topK] or null */
+  int32_t nTokens;
+  int32_t number; /* of this update, 0 when captured into a graph */
+  uint32_t check; /* as in kernelExchange_t, below KERNEL_CHECK_BAD_ENTRY */
+} kernelUpdate_t;
+
+/* Count, publish, plan, offsets. */
+int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelUpdate_t *update,
+                      cudaStream_t stream);
 
 /* ---- the exchange ---- */
 
@@ -172,12 +182,16 @@ typedef struct {
   int32_t dataType;      /* ultraepDataType_t */
   int32_t weighted;      /* combine */
   int32_t once;          /* dispatch: ULTRAEP_DISPATCH_ONCE; combine: ULTRAEP_COMBINE_PARTIAL */
-  uint32_t check;        /* equal on all ranks when they are in the same call with the same places */
+  uint32_t check;        /* equal on all ranks when they are in the same call with the same places, not 0 */
   size_t partialsOffset; /* in a window: [maxRecvRows][row], for partial sums */
 } kernelExchange_t;
 
 int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
                          const kernelExchange_t *exchange, cudaStream_t stream);
+/* An update and the dispatch on it in one launch, with the update's check. */
+int kernelRouteDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                              const kernelUpdate_t *update, const kernelExchange_t *exchange,
+                              cudaStream_t stream);
 int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
                         const kernelExchange_t *exchange, cudaStream_t stream);
 

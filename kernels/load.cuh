@@ -9,6 +9,7 @@ namespace ultraep {
 
 cudaError_t loadRouteKernels();
 cudaError_t loadDispatchKernels();
+cudaError_t loadRouteDispatchKernels();
 cudaError_t loadCombineKernels();
 
 // Loads the kernels and lets them use all the shared memory that a block can have.

@@ -38,6 +38,7 @@ int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kerne
 int kernelsLoad(void) {
   cudaError_t error = ultraep::loadRouteKernels();
   if (error == cudaSuccess) error = ultraep::loadDispatchKernels();
+  if (error == cudaSuccess) error = ultraep::loadRouteDispatchKernels();
   if (error == cudaSuccess) error = ultraep::loadCombineKernels();
   return error;
 }

@@ -69,8 +69,8 @@ struct PlanShared {
 
 // search_target of balancer/search.c: every domain by a warp; the block has the result in shared.all.
 template <typename Fill>
-__device__ __noinline__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
-                                        int64_t target) {
+__device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
+                                           int64_t target) {
   int warp = threadIdx.x / kWarp, nWarps = min(int(blockDim.x / kWarp), kMaxDomainWarps);
   Outcome mine = {0, target, 0};
   FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks};
@@ -122,33 +122,36 @@ __device__ inline int64_t planTolerated(const kernelPlanner_t &p, int64_t total)
   return max(mean + (rest > 0), mean + mean / 1000000 * ppm + part / 1000000);
 }
 
-// planner_search of balancer/search.c.
-template <typename Fill>
-__device__ __noinline__ void planSearch(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared) {
-  int64_t lowest = max(shared.tolerated, shared.meanBound), before = shared.before;
-  int64_t bestTarget = lowest;
+// planner_search of balancer/search.c: the gate's targets, if any, then the best one. A function of its own,
+// by value and with its own view of the arrays, so that a route's registers need not live beside a fill's.
+template <typename Fill> __device__ __noinline__ void planSearch(kernelPlanner_t p, PlanShared &shared) {
+  PlanArrays a;
+  a.carve(p.nRanks, p.nExperts, p.nSlots);
+  int64_t lowest = max(shared.tolerated, shared.meanBound), before = shared.before, bestTarget = lowest;
+  uint64_t bestCost = 0;
+  int steps = 0;
   if (p.copyPs != 0) {
     bestTarget = max(before, lowest);
-    uint64_t bestCost = uint64_t(before) * p.rowPs;
-    if (uint64_t(lowest) * p.rowPs + p.copyPs < bestCost) {
-      for (int k = 0; k < kSearchGateSteps; k++) {
-        int64_t target = lowest + (before - lowest) * k / kSearchGateSteps;
-        planTarget<Fill>(p, a, shared, target);
-        if (threadIdx.x == 0) {
-          uint64_t cost = uint64_t(shared.all.most) * p.rowPs;
-          if (shared.all.nReplicas > 0) cost += uint64_t(planBusiestLink(p, a)) * p.copyPs;
-          shared.cost = cost;
-        }
-        __syncthreads();
-        if (shared.cost < bestCost) {
-          bestCost = shared.cost;
-          bestTarget = target;
-        }
-        __syncthreads();
-      }
-    }
+    bestCost = uint64_t(before) * p.rowPs;
+    if (uint64_t(lowest) * p.rowPs + p.copyPs < bestCost) steps = kSearchGateSteps;
   }
-  planTarget<Fill>(p, a, shared, bestTarget);
+#pragma unroll 1
+  for (int k = 0;; k++) {
+    int64_t target = k < steps ? lowest + (before - lowest) * k / kSearchGateSteps : bestTarget;
+    planTarget<Fill>(p, a, shared, target);
+    if (k >= steps) return;
+    if (threadIdx.x == 0) {
+      uint64_t cost = uint64_t(shared.all.most) * p.rowPs;
+      if (shared.all.nReplicas > 0) cost += uint64_t(planBusiestLink(p, a)) * p.copyPs;
+      shared.cost = cost;
+    }
+    __syncthreads();
+    if (shared.cost < bestCost) {
+      bestCost = shared.cost;
+      bestTarget = target;
+    }
+    __syncthreads();
+  }
 }
 
 // 64-bit division is a long subroutine; sums mostly fit 32 bits.
@@ -157,61 +160,71 @@ __device__ __forceinline__ int64_t ceilDivide(int64_t sum, int n) {
   return (sum + n - 1) / n;
 }
 
-// Sums the load matrix [R][E], in global or shared memory, by expert and rank.
-__device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
-                                    const int32_t *loads) {
-  int perRank = p.perRank, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  int nWarps = min(int(blockDim.x / kWarp), kMaxDomainWarps);
-  // Groups of threads share the sources of their columns, four columns a thread where rows allow it.
-  int wide = p.nExperts % 4 == 0 ? 4 : 1, columns = p.nExperts / wide;
-  int groups = max(1, int(blockDim.x) / columns), lanes = groups == 1 ? int(blockDim.x) : columns;
-  int group = threadIdx.x / lanes, rows = (p.nRanks + groups - 1) / groups, from = group * rows;
-  int to = group < groups ? min(p.nRanks, from + rows) : from;
-  // Sums of groups meet by 32-bit atomics in two halves, 22 bits and the rest: neither can overflow, as a
-  // column of a group is below 2^41 and there are at most 512 groups.
-  auto *halves = reinterpret_cast<uint32_t *>(static_cast<int64_t *>(a.expertLoad));
-  for (int e = threadIdx.x; e < 2 * p.nExperts; e += blockDim.x) halves[e] = 0;
-  __syncthreads();
-  for (int column = threadIdx.x % lanes; column < columns && from < to; column += lanes) {
+// Sums of the load matrix [R][E], in global or shared memory, by expert: a warp takes four times four
+// columns, each by eight lanes that share the sources.
+__device__ inline void planSumExperts(const kernelPlanner_t &p, const PlanArrays &a, const int32_t *loads) {
+  int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  int quads = p.nExperts % 4 == 0 ? p.nExperts / 4 : 0; // else rows are not aligned to int4
+  for (int first = int(threadIdx.x / kWarp) * 4; first < quads; first += warps * 4) {
+    int quad = first + lane % 4;
     int64_t sum[4] = {};
-#pragma unroll 4
-    for (int src = from; src < to; src++) {
-      const int32_t *at = loads + int64_t(src) * p.nExperts + column * wide;
-      if (wide == 4) {
-        int4 value = *reinterpret_cast<const int4 *>(at);
+    if (quad < quads) {
+#pragma unroll 8
+      for (int src = lane / 4; src < p.nRanks; src += 8) {
+        int4 value = *reinterpret_cast<const int4 *>(loads + int64_t(src) * p.nExperts + quad * 4);
         sum[0] += value.x;
         sum[1] += value.y;
         sum[2] += value.z;
         sum[3] += value.w;
-      } else {
-        sum[0] += *at;
       }
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i >= wide || sum[i] == 0) continue;
-      atomicAdd(&halves[2 * (column * wide + i)], uint32_t(sum[i]) & 0x3fffffu);
-      atomicAdd(&halves[2 * (column * wide + i) + 1], uint32_t(sum[i] >> 22));
-    }
+    // Halving: lanes that differ in one bit give each other the columns that the other goes on with.
+    bool upper = lane & 4, odd = lane & 8;
+    int64_t pair[2] = {upper ? sum[2] : sum[0], upper ? sum[3] : sum[1]};
+    pair[0] += __shfl_xor_sync(kFullWarp, upper ? sum[0] : sum[2], 4);
+    pair[1] += __shfl_xor_sync(kFullWarp, upper ? sum[1] : sum[3], 4);
+    int64_t one = odd ? pair[1] : pair[0];
+    one += __shfl_xor_sync(kFullWarp, odd ? pair[0] : pair[1], 8);
+    one += __shfl_xor_sync(kFullWarp, one, 16);
+    if (lane < 16 && quad < quads) a.expertLoad[quad * 4 + (upper ? 2 : 0) + (odd ? 1 : 0)] = one;
+  }
+  for (int e = quads * 4 + int(threadIdx.x); e < p.nExperts; e += blockDim.x) {
+    int64_t sum = 0;
+    for (int src = 0; src < p.nRanks; src++) sum += loads[int64_t(src) * p.nExperts + e];
+    a.expertLoad[e] = sum;
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < p.nExperts; e += blockDim.x)
-    a.expertLoad[e] = (int64_t(halves[2 * e + 1]) << 22) + halves[2 * e];
-  __syncthreads();
+}
+
+// Sums by rank; then the whole problem's total, heaviest rank and largest mean of a domain.
+__device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
+                                    const int32_t *loads) {
+  int perRank = p.perRank, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int nDomains = p.nRanks / p.nDomainRanks,
+      nWarps = min(min(int(blockDim.x / kWarp), kMaxDomainWarps), nDomains);
+  planSumExperts(p, a, loads);
+  if (perRank <= 8) {
+    for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
+      int64_t sum = 0;
+      for (int i = 0; i < perRank; i++) sum += a.expertLoad[r * perRank + i];
+      a.rankBefore[r] = sum;
+    }
+  } else {
+    for (int r = warp; r < p.nRanks; r += blockDim.x / kWarp) {
+      int64_t sum = 0;
 #pragma unroll 1
-  for (int r = warp; r < p.nRanks; r += blockDim.x / kWarp) {
-    int64_t sum = 0;
-#pragma unroll 1
-    for (int i = lane; i < perRank; i += kWarp) sum += a.expertLoad[r * perRank + i];
-    sum = warpSum(sum);
-    if (lane == 0) a.rankBefore[r] = sum;
+      for (int i = lane; i < perRank; i += kWarp) sum += a.expertLoad[r * perRank + i];
+      sum = warpSum(sum);
+      if (lane == 0) a.rankBefore[r] = sum;
+    }
   }
   __syncthreads();
   int64_t total = 0, most = 0, mean = 0; // of the domains that this warp looks at
 #pragma unroll 1
-  for (int d = warp; warp < nWarps && d < p.nRanks / p.nDomainRanks; d += nWarps) {
+  for (int d = warp; d < nDomains; d += nWarps) {
+    if (warp >= nWarps) break;
     int64_t domain = 0;
-#pragma unroll 1
+#pragma unroll 2
     for (int r = d * p.nDomainRanks + lane; r < (d + 1) * p.nDomainRanks; r += kWarp) {
       domain += a.rankBefore[r];
       most = max(most, a.rankBefore[r]);
@@ -220,25 +233,26 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
     total += domain;
     mean = max(mean, ceilDivide(domain, p.nDomainRanks));
   }
-  most = int64_t(warpMax(uint64_t(most)));
-  if (lane == 0 && warp < nWarps) {
-    shared.sums[warp][0] = total;
-    shared.sums[warp][1] = most;
-    shared.sums[warp][2] = mean;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t all[3] = {};
-    for (int w = 0; w < min(nWarps, p.nRanks / p.nDomainRanks); w++) {
-      all[0] += shared.sums[w][0];
-      all[1] = max(all[1], shared.sums[w][1]);
-      all[2] = max(all[2], shared.sums[w][2]);
+  if (warp < nWarps) most = int64_t(warpMax(uint64_t(most)));
+  if (nWarps > 1) {
+    if (lane == 0 && warp < nWarps) {
+      shared.sums[warp][0] = total;
+      shared.sums[warp][1] = most;
+      shared.sums[warp][2] = mean;
     }
-    shared.total = all[0];
-    shared.before = all[1];
-    shared.meanBound = all[2];
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < nWarps; w++) {
+      total += shared.sums[w][0];
+      most = max(most, shared.sums[w][1]);
+      mean = max(mean, shared.sums[w][2]);
+    }
+    shared.total = total;
+    shared.before = most;
+    shared.meanBound = mean;
     // Without a tolerance the mean over all ranks is below the domains' means.
-    shared.tolerated = p.tolerancePpm == 0 ? 0 : planTolerated(p, all[0]);
+    shared.tolerated = p.tolerancePpm == 0 ? 0 : planTolerated(p, total);
   }
   __syncthreads();
 }
@@ -269,15 +283,14 @@ __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, 
     planNothing(p, a, shared);
     return;
   }
-  bool fits = shared.total <= 0x7fffffff;
-  if (fits && p.nDomainRanks <= kWarp)
-    planSearch<RegisterFill<1>>(p, a, shared);
-  else if (fits && p.nDomainRanks <= 2 * kWarp)
-    planSearch<RegisterFill<2>>(p, a, shared);
-  else if (fits)
-    planSearch<WarpFill<uint32_t>>(p, a, shared);
+  if (shared.total < kPackedTotal && p.nDomainRanks <= kWarp)
+    planSearch<PackedFill<1>>(p, shared);
+  else if (shared.total < kPackedTotal && p.nDomainRanks <= 2 * kWarp)
+    planSearch<PackedFill<2>>(p, shared);
+  else if (shared.total <= 0x7fffffff)
+    planSearch<WarpFill<uint32_t>>(p, shared);
   else
-    planSearch<WarpFill<uint64_t>>(p, a, shared);
+    planSearch<WarpFill<uint64_t>>(p, shared);
   for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
     int32_t *expert = a.slotExpert + int64_t(r) * p.nSlots;
     int64_t *quota = a.slotQuota + int64_t(r) * p.nSlots;

@@ -1,5 +1,5 @@
 // Alias fill of one domain by one warp, as in balancer/fill.c: every choice is made by the same keys and
-// tie-breaks, so fills equal the host's to the bit. WarpFill is for any size, RegisterFill for the common
+// tie-breaks, so fills equal the host's to the bit. WarpFill is for any size, PackedFill for the common
 // one.
 #ifndef ULTRAEP_PLANNER_FILL_CUH_
 #define ULTRAEP_PLANNER_FILL_CUH_
@@ -49,6 +49,15 @@ struct PlanArrays {
     scratch.at = kind.at + 4 * nRanks;
   }
 };
+
+// Stores one word of the plan's memory, or not, without a branch.
+__device__ __forceinline__ void storeIf(bool condition, uint32_t at, uint32_t value) {
+  uint32_t address = uint32_t(__cvta_generic_to_shared(planMemory)) + at;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.u32 [%1], %2;\n}" ::"r"(uint32_t(condition)),
+      "r"(address), "r"(value)
+      : "memory");
+}
 
 // What a fill needs of the config.
 struct FillShape {
@@ -216,191 +225,195 @@ template <typename Key> struct WarpFill {
   }
 };
 
-// The same fill with the ranks' loads in registers, kSpan consecutive ranks a lane, where loads fit 31 bits
-// and the domain has at most kSpan * 32 ranks. The heaviest rank mostly has an expert that covers; only where
-// it has none are the others looked at, by the general fill's rules.
-template <int kSpan> struct RegisterFill {
+// The same fill for domains of at most 32 * kSpan <= 64 ranks and totals below kPackedTotal: the ranks' loads
+// live in registers, kSpan consecutive ranks a lane, each packed with its rank into one word, so that one
+// reduction gives the best load and whose it is. What bounds a fill is the chain of such reductions.
+constexpr int64_t kPackedTotal = (1 << 26) - 1;
+
+template <int kSpan> struct PackedFill {
+  static constexpr uint32_t kRankBits = 6, kRankMask = (1 << kRankBits) - 1;
+  static_assert(kSpan * kWarp <= int(kRankMask) + 1, "a rank of the domain fits its bits");
+
   const FillShape p;
   const PlanArrays a;
-  int first, end, lane, perRank;
-  uint32_t light[kSpan]; // ~load of a light rank, else 0
-  uint32_t heavy[kSpan]; // load of a heavy rank, else 0
+  int first, lane;
+  uint32_t target;
+  uint32_t light[kSpan], heavy[kSpan]; // keys: the deficit of light ranks, the load of heavy ranks, else 0
+  uint32_t settled[kSpan];             // load of a rank that is neither
+  int32_t used[kSpan];                 // slots
 
-  __device__ RegisterFill(FillShape shape, PlanArrays arrays, int firstRank)
-      : p(shape), a(arrays), first(firstRank), end(firstRank + shape.nDomainRanks), lane(threadIdx.x % kWarp),
-        perRank(shape.perRank) {}
+  __device__ PackedFill(FillShape shape, PlanArrays arrays, int firstRank)
+      : p(shape), a(arrays), first(firstRank), lane(threadIdx.x % kWarp), target(0) {}
 
-  __device__ int rankOf(int i) const { return first + lane * kSpan + i; }
+  // The larger value wins, then the lower rank.
+  static __device__ uint32_t keyOf(uint32_t value, int rank) {
+    return value << kRankBits | (kRankMask - uint32_t(rank));
+  }
+  static __device__ uint32_t valueOf(uint32_t key) { return key >> kRankBits; }
+  static __device__ int rankOf(uint32_t key) { return int(kRankMask - (key & kRankMask)); }
 
-  // The rank with the largest key, the lowest of equals; -1 where all keys are 0.
-  __device__ int pick(const uint32_t (&key)[kSpan], uint32_t *best) const {
-    uint32_t mine = key[0];
-    int at = 0;
+  __device__ uint32_t best(const uint32_t (&key)[kSpan]) const {
+    uint32_t most = key[0];
 #pragma unroll
-    for (int i = 1; i < kSpan; i++) {
-      if (key[i] > mine) {
-        mine = key[i];
-        at = i;
-      }
-    }
-    *best = warpMax(mine);
-    if (*best == 0) return -1;
-    int from = warpFirst(mine == *best);
-    return first + from * kSpan + __shfl_sync(kFullWarp, at, from);
+    for (int i = 1; i < kSpan; i++) most = max(most, key[i]);
+    return warpMax(most);
   }
 
-  // The donor's smallest expert that covers want, the lowest of equals; -1 if none does.
+  // A rank has this load: by the lane that holds the rank.
+  __device__ void setLoad(int rank, uint32_t load) {
+#pragma unroll
+    for (int i = 0; i < kSpan; i++) {
+      if (lane * kSpan + i != rank) continue;
+      heavy[i] = load > target ? keyOf(load, rank) : 0;
+      light[i] = load < target ? keyOf(target - load, rank) : 0;
+    }
+  }
+  // A receiver is filled, as far as its slots reach.
+  __device__ void settle(int rank, uint32_t load, int slots) {
+#pragma unroll
+    for (int i = 0; i < kSpan; i++) {
+      if (lane * kSpan + i != rank) continue;
+      light[i] = 0;
+      settled[i] = load;
+      used[i] = slots;
+    }
+  }
+
+  __device__ uint32_t remOf(int rank, int i) const {
+    return i < p.perRank ? uint32_t(a.rem[(first + rank) * p.perRank + i]) : 0;
+  }
+
+  // The donor's smallest expert that covers want, the lowest of equals, as its place on the rank; -1 if none
+  // does.
   __device__ int pickCovering(int donor, uint32_t want, uint32_t *rem) const {
     uint32_t cover = 0xffffffffu;
-    int at = -1, perLane = perRank <= kWarp ? 1 : (perRank + kWarp - 1) / kWarp;
+    int at = -1, perLane = (p.perRank + kWarp - 1) / kWarp;
 #pragma unroll 1
     for (int i = 0; i < perLane; i++) {
-      int e = lane * perLane + i;
-      uint32_t left = e < perRank ? uint32_t(a.rem[donor * perRank + e]) : 0;
+      uint32_t left = remOf(donor, lane * perLane + i);
       if (left >= want && left < cover) {
         cover = left;
-        at = e;
+        at = lane * perLane + i;
       }
     }
     *rem = warpMin(cover);
     if (*rem == 0xffffffffu) return -1;
-    return donor * perRank + __shfl_sync(kFullWarp, at, warpFirst(cover == *rem));
+    return __shfl_sync(kFullWarp, at, warpFirst(cover == *rem));
   }
 
   __device__ uint32_t largestOf(int rank) const {
     uint32_t most = 0;
 #pragma unroll 4
-    for (int i = 0; i < perRank; i++) most = max(most, uint32_t(a.rem[rank * perRank + i]));
+    for (int i = 0; i < p.perRank; i++) most = max(most, remOf(rank, i));
     return most;
   }
 
   // No expert of the heaviest rank covers: the heaviest that has one, else the rank with the largest expert
   // (the heavier of equals) and that expert.
-  __device__ int pickElsewhere(uint32_t want, int *expert, uint32_t *rem) const {
-    uint32_t largest[kSpan], key[kSpan], best;
+  __device__ uint32_t pickElsewhere(uint32_t want, int *expert, uint32_t *rem) const {
+    uint32_t largest[kSpan], key[kSpan], most = 0;
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
-      largest[i] = heavy[i] ? largestOf(rankOf(i)) : 0;
+      largest[i] = heavy[i] ? largestOf(rankOf(heavy[i])) : 0;
       key[i] = largest[i] >= want ? heavy[i] : 0;
+      most = max(most, largest[i]);
     }
-    int donor = pick(key, &best);
-    if (donor >= 0) {
-      *expert = pickCovering(donor, want, rem);
+    uint32_t donor = best(key), found;
+    if (donor != 0) {
+      *expert = pickCovering(rankOf(donor), want, rem);
       return donor;
     }
-    pick(largest, rem);
+    *rem = warpMax(most);
 #pragma unroll
     for (int i = 0; i < kSpan; i++) key[i] = largest[i] == *rem ? heavy[i] : 0;
-    donor = pick(key, &best);
-    uint32_t found; // the lowest of its largest experts: the smallest that covers its own size
-    *expert = pickCovering(donor, *rem, &found);
+    donor = best(key);
+    // The lowest of its largest experts: the smallest that covers its own size.
+    *expert = pickCovering(rankOf(donor), *rem, &found);
     return donor;
   }
 
-  __device__ void fillReceiver(int receiver, uint32_t target, uint32_t load) {
-    int used = 0;
-    while (load < target && used < p.nSlots) {
-      uint32_t want = target - load, best, rem;
-      int donor = pick(heavy, &best), expert;
-      if (donor < 0) break;
-      expert = pickCovering(donor, want, &rem);
+  // Fills one receiver to the target or until its slots are used, by any donors.
+  __device__ void fillReceiver(int receiver, uint32_t want) {
+    int slots = 0;
+    while (want > 0 && slots < p.nSlots) {
+      uint32_t donor = best(heavy), rem;
+      if (donor == 0) break;
+      int expert = pickCovering(rankOf(donor), want, &rem);
       if (expert < 0) donor = pickElsewhere(want, &expert, &rem);
       uint32_t amount = min(want, rem);
-      load += amount;
+      int rank = rankOf(donor), slot = (first + receiver) * p.nSlots + slots;
+      want -= amount;
       __syncwarp(); // all lanes have read rem before it changes
       if (lane == 0) {
-        a.slotExpert[receiver * p.nSlots + used] = expert;
-        a.slotQuota[receiver * p.nSlots + used] = amount;
-        a.rem[expert] = rem - amount;
+        a.slotExpert[slot] = (first + rank) * p.perRank + expert;
+        a.slotQuota[slot] = amount;
+        a.rem[(first + rank) * p.perRank + expert] = rem - amount;
       }
-      used++;
-#pragma unroll
-      for (int i = 0; i < kSpan; i++) {
-        if (rankOf(i) != donor) continue;
-        uint32_t left = heavy[i] - amount;
-        heavy[i] = left > target ? left : 0;
-        if (left < target) light[i] = ~left;
-        a.rankLoad[donor] = left;
-      }
+      slots++;
+      setLoad(rank, valueOf(donor) - amount);
       __syncwarp();
     }
-    if (lane == 0) {
-      a.rankLoad[receiver] = load;
-      a.slotCount[receiver] = used;
-    }
+    settle(receiver, target - want, slots);
   }
 
-  // Fills the lightest rank; false when no rank is light or none is heavy. Both are picked at once; mostly
-  // the heaviest rank has one expert that covers the whole deficit, and everything else goes the general way.
-  __device__ bool step(uint32_t target) {
-    uint32_t lightest = light[0], heaviest = heavy[0];
-    int lightAt = 0, heavyAt = 0;
-#pragma unroll
-    for (int i = 1; i < kSpan; i++) {
-      if (light[i] > lightest) lightAt = i;
-      if (heavy[i] > heaviest) heavyAt = i;
-      lightest = max(lightest, light[i]);
-      heaviest = max(heaviest, heavy[i]);
-    }
-    uint32_t bestLight = warpMax(lightest), bestHeavy = warpMax(heaviest);
-    if (bestLight == 0 || bestHeavy == 0) return false;
-    int lightLane = warpFirst(lightest == bestLight), heavyLane = warpFirst(heaviest == bestHeavy);
-    lightAt = __shfl_sync(kFullWarp, lightAt, lightLane);
-    heavyAt = __shfl_sync(kFullWarp, heavyAt, heavyLane);
-    int receiver = first + lightLane * kSpan + lightAt, donor = first + heavyLane * kSpan + heavyAt;
-    uint32_t want = target - ~bestLight;
-#pragma unroll
-    for (int i = 0; i < kSpan; i++)
-      if (lane == lightLane && i == lightAt) light[i] = 0;
-    uint32_t rem = lane < perRank ? uint32_t(a.rem[donor * perRank + lane]) : 0;
-    uint32_t cover = rem >= want ? rem : 0xffffffffu, least = warpMin(cover);
-    if (perRank > kWarp || least == 0xffffffffu) {
-      fillReceiver(receiver, target, ~bestLight);
+  // Fills the lightest rank; false when no rank is light or none is heavy. Mostly the heaviest rank has one
+  // expert that covers the whole deficit, and everything else goes the general way.
+  __device__ bool step() {
+    uint32_t lightest = best(light), heaviest = best(heavy);
+    if (lightest == 0 || heaviest == 0) return false;
+    uint32_t want = valueOf(lightest);
+    int donor = rankOf(heaviest), receiver = rankOf(lightest);
+    uint32_t rem = remOf(donor, lane);
+    uint32_t least = warpMin(rem >= want ? rem << 5 | uint32_t(lane) : 0xffffffffu);
+    if (__builtin_expect(p.perRank > kWarp || least == 0xffffffffu, 0)) {
+      settle(receiver, 0, 0); // not light while it is filled
+      fillReceiver(receiver, want);
       return true;
     }
-    int owner = warpFirst(cover == least);
-    uint32_t left = bestHeavy - want;
-    if (lane == owner) {
-      a.rem[donor * perRank + lane] = rem - want;
-      a.slotExpert[receiver * p.nSlots] = donor * perRank + lane;
-      a.slotQuota[receiver * p.nSlots] = want;
-      a.slotCount[receiver] = 1;
-      a.rankLoad[receiver] = target;
-      a.rankLoad[donor] = left;
-    }
-#pragma unroll
-    for (int i = 0; i < kSpan; i++) {
-      if (lane != heavyLane || i != heavyAt) continue;
-      heavy[i] = left > target ? left : 0;
-      if (left < target) light[i] = ~left;
-    }
+    settle(receiver, target, 1);
+    setLoad(donor, valueOf(heaviest) - want);
+    int expert = (first + donor) * p.perRank + lane, slot = (first + receiver) * p.nSlots;
+    bool owner = lane == int(least % kWarp);
+    storeIf(owner, a.rem.at + 8 * expert, rem - want);
+    storeIf(owner, a.slotExpert.at + 4 * slot, expert);
+    storeIf(owner, a.slotQuota.at + 8 * slot, want); // the high half is zero already
     __syncwarp();
     return true;
   }
 
   __device__ Outcome run(int64_t target64) {
-    uint32_t target = uint32_t(min(target64, int64_t(0x7fffffff)));
+    target = uint32_t(min(target64, kPackedTotal));
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
-      int r = rankOf(i);
-      uint32_t load = r < end ? uint32_t(a.rankBefore[r]) : target;
-      light[i] = load < target ? ~load : 0;
-      heavy[i] = load > target ? load : 0;
-      if (r >= end) continue;
-      a.rankLoad[r] = load;
-      a.slotCount[r] = 0;
+      int r = lane * kSpan + i;
+      light[i] = heavy[i] = 0;
+      settled[i] = target;
+      used[i] = 0;
+      if (r >= p.nDomainRanks) continue;
+      setLoad(r, uint32_t(a.rankBefore[first + r]));
+      for (int slot = 0; slot < p.nSlots; slot++) a.slotQuota[(first + r) * p.nSlots + slot] = 0;
     }
-    for (int e = first * perRank + lane; e < end * perRank; e += kWarp) a.rem[e] = a.expertLoad[e];
+#pragma unroll 4
+    for (int e = first * p.perRank + lane; e < (first + p.nDomainRanks) * p.perRank; e += kWarp)
+      a.rem[e] = a.expertLoad[e];
     __syncwarp();
-    while (p.nSlots > 0 && step(target)) {
+    if (p.nSlots > 0) {
+      while (step()) {
+      }
     }
-    __syncwarp();
     uint32_t most = 0, nReplicas = 0;
-    for (int r = first + lane; r < end; r += kWarp) {
-      most = max(most, uint32_t(a.rankLoad[r]));
-      nReplicas += a.slotCount[r];
+#pragma unroll
+    for (int i = 0; i < kSpan; i++) {
+      int r = lane * kSpan + i;
+      if (r >= p.nDomainRanks) continue;
+      uint32_t load = heavy[i] ? valueOf(heavy[i]) : light[i] ? target - valueOf(light[i]) : settled[i];
+      a.rankLoad[first + r] = load;
+      a.slotCount[first + r] = used[i];
+      most = max(most, load);
+      nReplicas += used[i];
     }
+    __syncwarp();
     return {int64_t(warpMax(most)), target64, int32_t(__reduce_add_sync(kFullWarp, nReplicas))};
   }
 };

@@ -77,7 +77,7 @@ __device__ inline bool groupIsOver(const kernelGroup_t &g, int32_t phase, bool l
     // A rank that is blamed for not coming did not wait itself: the others gave up.
     failGroup(g, code == kTimeout && culprit == g.rank ? kRemoteError : code, phase, culprit);
   } else if (lookAtHost && *reinterpret_cast<const volatile int32_t *>(&g.failure->abort) != 0) {
-    failGroup(g, kRemoteError, KERNEL_PHASE_ABORT, g.rank);
+    failGroup(g, kRemoteError, phase, g.rank);
   }
   return hasFailed(g);
 }
@@ -85,9 +85,9 @@ __device__ inline bool groupIsOver(const kernelGroup_t &g, int32_t phase, bool l
 constexpr int kPollsBetweenLooks = 1024;
 
 // Waits until rank's flag has counted `call`; false when the group failed instead. The flag's high half goes
-// to *word.
+// to *word. extraNs: beyond the timeout, where other waits must end before this one.
 __device__ inline bool waitFlag(const kernelGroup_t &g, const uint64_t *flag, uint32_t call, int32_t phase,
-                                int32_t rank, uint32_t *word) {
+                                int32_t rank, uint32_t *word, uint64_t extraNs = 0) {
   uint64_t start = nowNs();
   for (int polls = 1;; polls++) {
     bool look = polls % kPollsBetweenLooks == 0;
@@ -101,7 +101,7 @@ __device__ inline bool waitFlag(const kernelGroup_t &g, const uint64_t *flag, ui
     if (!look) continue;
     if (groupIsOver(g, phase, true)) return false;
     if (gone) failGroup(g, kRemoteError, phase, rank);
-    if (nowNs() - start > g.timeoutNs) failGroup(g, kTimeout, phase, rank);
+    if (nowNs() - start > g.timeoutNs + extraNs) failGroup(g, kTimeout, phase, rank);
     if (hasFailed(g)) return false;
   }
 }
@@ -146,10 +146,10 @@ __device__ inline bool lastBlockOut(const kernelGroup_t &g) {
 }
 
 // What the last block of a kernel does at its end: the counters are ready for the next kernel.
-__device__ inline void resetState(const kernelGroup_t &g, uint32_t *calls, uint32_t call) {
+__device__ inline void resetState(const kernelGroup_t &g, uint32_t call) {
   for (int i = 0; i < 4; i++) g.state->arrived[i] = 0;
   g.state->left = 0;
-  *calls = call;
+  g.state->calls = call;
 }
 
 // Sets a route's status; the host's copy is whole once its last word, nUpdates and code, is there. By one
@@ -175,19 +175,24 @@ __device__ inline void raiseFlags(const kernelGroup_t &g, int kind, uint32_t cal
 }
 
 // Waits for every rank's flag, a thread for each rank; false in every thread when the group failed. Words
-// that differ from `expected` are told by *differs (the lowest rank, else -1).
+// that differ from `expected` are told by *differs (the lowest rank, else -1), those that only have the bit
+// KERNEL_CHECK_BAD_ENTRY more by *marked.
 __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call, int32_t phase,
-                                 uint32_t expected, int *differs) {
-  __shared__ int failures, different;
+                                 uint32_t expected, int *differs, int *marked = nullptr,
+                                 uint64_t extraNs = 0) {
+  constexpr int kNone = 0x7fffffff;
+  __shared__ int failures, different, bad;
   if (threadIdx.x == 0) {
     failures = 0;
-    different = 0x7fffffff;
+    different = bad = kNone;
   }
   __syncthreads();
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x) {
     uint32_t word;
-    if (!waitFlag(g, flagOf(g, g.rank, kind, r), call, phase, r, &word))
+    if (!waitFlag(g, flagOf(g, g.rank, kind, r), call, phase, r, &word, extraNs))
       atomicAdd(&failures, 1);
+    else if (word == (expected | KERNEL_CHECK_BAD_ENTRY))
+      atomicMin(&bad, r);
     else if (word != expected)
       atomicMin(&different, r);
   }
@@ -195,7 +200,8 @@ __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call
   // up.
   if (threadIdx.x == blockDim.x - 1 && groupIsOver(g, phase, false)) atomicAdd(&failures, 1);
   __syncthreads();
-  *differs = different == 0x7fffffff ? -1 : different;
+  *differs = different == kNone ? -1 : different;
+  if (marked) *marked = bad == kNone ? -1 : bad;
   bool all = failures == 0;
   __syncthreads();
   return all;
@@ -206,24 +212,26 @@ __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call
 // alike, and none goes on.
 __device__ inline bool openExchange(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
                                     int *other) {
-  if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_READY, call, check);
-  bool alive = waitFlags(g, KERNEL_FLAG_READY, call, phase, check, other);
+  int kind = KERNEL_FLAG_OPEN + int(call & 1);
+  if (blockIdx.x == 0) raiseFlags(g, kind, call, check);
+  bool alive = waitFlags(g, kind, call, phase, check, other);
   return alive && *other < 0;
 }
 
 // The end: the last block says that this rank is done and waits for the others (`raise`), tells a difference
 // that openExchange found, and leaves the counters ready for the next call.
 __device__ inline void closeExchange(const kernelGroup_t &g, const kernelRoute_t &route, uint32_t check,
-                                     uint32_t call, int32_t phase, bool raise, int other) {
+                                     uint32_t call, int32_t phase, bool raise, int other,
+                                     uint64_t extraNs = 0) {
   if (!lastBlockOut(g)) return;
   int ignored;
   if (raise && !hasFailed(g)) {
     raiseFlags(g, KERNEL_FLAG_DONE, call, check);
-    waitFlags(g, KERNEL_FLAG_DONE, call, phase, check, &ignored);
+    waitFlags(g, KERNEL_FLAG_DONE, call, phase, check, &ignored, nullptr, extraNs);
   }
   if (threadIdx.x != 0) return;
   if (other >= 0 && !hasFailed(g)) concludeRoute(route, {kInvalidUsage, route.status->nUpdates, other, 0, 0});
-  resetState(g, &g.state->exchangeCalls, call);
+  resetState(g, call);
 }
 
 } // namespace ultraep

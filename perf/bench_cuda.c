@@ -29,7 +29,7 @@ static int cuda_rank_open(benchRank_t *rank) {
   rank->device = self;
   self->comm = benchCuda.comms[rank->local];
   BENCH_CUDA(rank, cudaSetDevice(benchCudaDevice(rank->local)));
-  BENCH_CUDA(rank, cudaStreamCreateWithFlags(&rank->stream, cudaStreamNonBlocking));
+  rank->stream = benchCuda.streams[rank->local];
   BENCH_CUDA(rank, cudaEventCreate(&self->begin));
   BENCH_CUDA(rank, cudaEventCreate(&self->end));
   return 0;
@@ -45,7 +45,6 @@ static void cuda_rank_close(benchRank_t *rank) {
   cudaFree(self->received);
   if (self->begin != NULL) cudaEventDestroy(self->begin);
   if (self->end != NULL) cudaEventDestroy(self->end);
-  if (rank->stream != NULL) cudaStreamDestroy(rank->stream);
   free(self);
   rank->device = NULL;
 }

@@ -23,6 +23,7 @@ typedef struct {
   int32_t nRanks, firstRank, nLocal; /* the ranks of this process: firstRank.. */
   int nDevices;                      /* used on this machine */
   ncclComm_t *comms;                 /* [nLocal] */
+  cudaStream_t *streams;             /* [nLocal] */
   int64_t *freeBefore;               /* [nDevices] bytes, before the communicators were made */
 } benchCuda_t;
 

@@ -67,6 +67,33 @@ static int machine_contexts_make(perfError_t *error) {
   return 0;
 }
 
+enum { STREAM_WARM_BYTES = 1 << 20 };
+
+/* Makes the first kernel of a stream, a memset, run now: the device sets up a queue at its first kernel,
+ * which does not work beside a peer's kernel that waits for this rank. */
+static int machine_stream_warm(cudaStream_t stream, perfError_t *error) {
+  void *memory = NULL;
+  MACHINE_CUDA(error, cudaMalloc(&memory, STREAM_WARM_BYTES));
+  MACHINE_CUDA(error, cudaMemsetAsync(memory, 0, STREAM_WARM_BYTES, stream));
+  MACHINE_CUDA(error, cudaStreamSynchronize(stream));
+  MACHINE_CUDA(error, cudaFree(memory));
+  return 0;
+}
+
+/* The ranks' streams. Streams share the few queues of a device, and a rank's kernels must not stand in one
+ * queue behind a peer's that wait for them: so these are made one after the other, before NCCL makes its own.
+ */
+static int machine_streams_make(perfError_t *error) {
+  benchCuda.streams = calloc((size_t)benchCuda.nLocal, sizeof(benchCuda.streams[0]));
+  if (benchCuda.streams == NULL) return perfErrorSet(error, "no memory for %d streams", benchCuda.nLocal);
+  for (int32_t local = 0; local < benchCuda.nLocal; local++) {
+    MACHINE_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
+    MACHINE_CUDA(error, cudaStreamCreateWithFlags(&benchCuda.streams[local], cudaStreamNonBlocking));
+    if (machine_stream_warm(benchCuda.streams[local], error) != 0) return -1;
+  }
+  return 0;
+}
+
 /* How much of each device is free, with the contexts of all processes made. */
 static int machine_memory_look(perfError_t *error) {
   size_t total = 0, unused = 0;
@@ -248,6 +275,7 @@ int benchCudaOpen(const benchOptions_t *options, benchMachine_t *machine, perfEr
   if (status == 0) status = ncclLoaderOpen(&benchCuda.nccl, error);
   if (!machine_agreed(status)) return -1;
   if (!machine_agreed(machine_contexts_make(error))) return -1;
+  if (!machine_agreed(machine_streams_make(error))) return -1;
   if (!machine_agreed(machine_memory_look(error))) return -1;
   /* One at a time: processes may share a GPU. */
   status = benchJob.process == 0 ? machine_copy_rate_find(&machine->copyRate, error) : 0;
@@ -262,6 +290,10 @@ void benchCudaClose(void) {
   bool whole = benchCuda.comms != NULL;
   for (int32_t i = 0; whole && i < benchCuda.nLocal; i++) whole = benchCuda.comms[i] != NULL;
   if (whole) (void)machine_ranks_run(machine_comm_destroy, NULL, &error);
+  for (int32_t i = 0; benchCuda.streams != NULL && i < benchCuda.nLocal; i++) {
+    if (benchCuda.streams[i] != NULL) cudaStreamDestroy(benchCuda.streams[i]);
+  }
+  free(benchCuda.streams);
   free(benchCuda.comms);
   free(benchCuda.freeBefore);
   benchCuda = (benchCuda_t){0};

@@ -53,6 +53,17 @@ static int bench_weights_run(benchRank_t *rank) {
   return 0;
 }
 
+static ultraepTensors_t bench_dispatch_tensors(const benchRank_t *rank) {
+  ultraepTensors_t tensors = ULTRAEP_TENSORS_INITIALIZER;
+  tensors.dataType = rank->run->shape.type;
+  tensors.sendbuff = rank->tokens.own;
+  tensors.recvbuff = rank->rows.own;
+  if (rank->run->scaleBytes == 0) return tensors;
+  tensors.sendScales = rank->scales.own;
+  tensors.recvScales = rank->rowScales.own;
+  return tensors;
+}
+
 static int bench_dispatch_run(benchRank_t *rank) {
   benchRun_t *run = rank->run;
   if (run->scaleBytes == 0) {
@@ -60,12 +71,7 @@ static int bench_dispatch_run(benchRank_t *rank) {
         rank, ultraepAllToAll(rank->tokens.own, rank->rows.own, ULTRAEP_DISPATCH, rank->route, rank->stream));
     return 0;
   }
-  ultraepTensors_t tensors = ULTRAEP_TENSORS_INITIALIZER;
-  tensors.dataType = run->shape.type;
-  tensors.sendbuff = rank->tokens.own;
-  tensors.recvbuff = rank->rows.own;
-  tensors.sendScales = rank->scales.own;
-  tensors.recvScales = rank->rowScales.own;
+  ultraepTensors_t tensors = bench_dispatch_tensors(rank);
   BENCH_CALL(rank, ultraepAllToAllTensors(&tensors, ULTRAEP_DISPATCH, rank->route, rank->stream));
   return 0;
 }
@@ -91,7 +97,11 @@ static int bench_copy_run(benchRank_t *rank) {
 }
 
 static int bench_step_run(benchRank_t *rank) {
-  return bench_route_run(rank) != 0 ? -1 : bench_dispatch_run(rank);
+  ultraepTensors_t tensors = bench_dispatch_tensors(rank);
+  BENCH_CALL(rank, ultraepRouteDispatch(rank->route, (const int32_t *)rank->topk.own,
+                                        (const float *)rank->topkWeights.own,
+                                        rank->run->workload->nTokens[rank->rank], &tensors, rank->stream));
+  return 0;
 }
 
 /* What a phase calls; null: not a phase of this run. */

@@ -1,5 +1,7 @@
 #include "gpu_case.h"
 
+#include "gpu_copy.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -114,6 +116,7 @@ static size_t row_bytes(const gpuSide_t *side) {
 }
 
 static const char *side_make_inputs(gpuSide_t *side) {
+  RANK_CUDA((cudaError_t)gpu_copy_load());
   size_t n = (size_t)side->shape->nTokens[side->rank] + 1, entries = n * (size_t)side->shape->config.topK;
   RANK_CUDA(cudaMalloc((void **)&side->topk, entries * sizeof(int32_t)));
   RANK_CUDA(cudaMalloc((void **)&side->topkWeights, entries * sizeof(float)));
@@ -209,13 +212,22 @@ const char *gpu_host_run(const gpuSide_t *side, gpuData_t *data) {
   return NULL;
 }
 
+/* Queued exchanges of several ranks on one device must not wait in the queues of the copy engines. */
+static const char *copy_data(const gpuData_t *data, void *to, const void *from, size_t bytes,
+                             cudaStream_t stream) {
+  if (data->isQueued)
+    RANK_CUDA((cudaError_t)gpu_copy(to, from, bytes, stream));
+  else
+    RANK_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+  return NULL;
+}
+
 const char *gpu_device_inputs(const gpuSide_t *side, const gpuData_t *data, cudaStream_t stream) {
-  const enum cudaMemcpyKind kind = cudaMemcpyHostToDevice;
   size_t entries = data->nTokens * data->topK, outBytes = (data->nTokens + 1) * data->rowBytes;
-  RANK_CUDA(cudaMemcpyAsync(side->topk, data->topk, entries * sizeof(int32_t), kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(side->topkWeights, data->weights, entries * sizeof(float), kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(side->tokens, data->tokens, data->nTokens * data->rowBytes, kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(side->tokenScales, data->scales, data->nTokens * data->scaleBytes, kind, stream));
+  RANK_DO(copy_data(data, side->topk, data->topk, entries * sizeof(int32_t), stream));
+  RANK_DO(copy_data(data, side->topkWeights, data->weights, entries * sizeof(float), stream));
+  RANK_DO(copy_data(data, side->tokens, data->tokens, data->nTokens * data->rowBytes, stream));
+  RANK_DO(copy_data(data, side->tokenScales, data->scales, data->nTokens * data->scaleBytes, stream));
   RANK_CUDA(cudaMemsetAsync(side->out, GPU_POISON, outBytes, stream));
   RANK_CUDA(cudaMemsetAsync(side->sum, GPU_POISON, outBytes, stream));
   RANK_CUDA(cudaMemsetAsync(side->rows, GPU_POISON, data->nRows * data->rowBytes, stream));
@@ -238,21 +250,33 @@ const char *gpu_device_exchange(const gpuSide_t *side, ultraepRoute_t route, cud
   return combine_both(side, route, side->out, side->sum, stream);
 }
 
-const char *gpu_device_outputs(const gpuSide_t *side, gpuData_t *data, cudaStream_t stream) {
-  const enum cudaMemcpyKind kind = cudaMemcpyDeviceToHost;
-  size_t outBytes = (data->nTokens + 1) * data->rowBytes;
-  RANK_CUDA(cudaMemcpyAsync(data->rows[1], side->rows, data->nRows * data->rowBytes, kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(data->rowScales[1], side->scales, data->nRows * data->scaleBytes, kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(data->rowWeights[1], side->weights, data->nRows * sizeof(float), kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(data->out[1], side->out, outBytes, kind, stream));
-  RANK_CUDA(cudaMemcpyAsync(data->sum[1], side->sum, outBytes, kind, stream));
-  return NULL;
+const char *gpu_device_fused(const gpuSide_t *side, ultraepRoute_t route, cudaStream_t stream) {
+  ultraepTensors_t t = dispatch_tensors(side, side->tokens, side->tokenScales);
+  int nTokens = side->shape->nTokens[side->rank];
+  bool some = nTokens > 0;
+  RANK_OK(ultraepRouteDispatch(route, some ? side->topk : NULL,
+                               some && side->shape->weighted ? side->topkWeights : NULL, nTokens, &t,
+                               stream));
+  return combine_both(side, route, side->out, side->sum, stream);
 }
 
-const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, cudaStream_t stream) {
+const char *gpu_device_outputs(const gpuSide_t *side, gpuData_t *data, cudaStream_t stream) {
+  size_t outBytes = (data->nTokens + 1) * data->rowBytes;
+  RANK_DO(copy_data(data, data->rows[1], side->rows, data->nRows * data->rowBytes, stream));
+  RANK_DO(copy_data(data, data->rowScales[1], side->scales, data->nRows * data->scaleBytes, stream));
+  RANK_DO(copy_data(data, data->rowWeights[1], side->weights, data->nRows * sizeof(float), stream));
+  RANK_DO(copy_data(data, data->out[1], side->out, outBytes, stream));
+  return copy_data(data, data->sum[1], side->sum, outBytes, stream);
+}
+
+const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, bool fused, cudaStream_t stream) {
   RANK_DO(gpu_device_inputs(side, data, stream));
-  RANK_DO(gpu_device_update(side, side->route, stream));
-  RANK_DO(gpu_device_exchange(side, side->route, stream));
+  if (fused) {
+    RANK_DO(gpu_device_fused(side, side->route, stream));
+  } else {
+    RANK_DO(gpu_device_update(side, side->route, stream));
+    RANK_DO(gpu_device_exchange(side, side->route, stream));
+  }
   return gpu_device_outputs(side, data, stream);
 }
 

@@ -72,9 +72,11 @@ const char *gpu_host_run(const gpuSide_t *side, gpuData_t *data);
 const char *gpu_device_inputs(const gpuSide_t *side, const gpuData_t *data, cudaStream_t stream);
 const char *gpu_device_update(const gpuSide_t *side, ultraepRoute_t route, cudaStream_t stream);
 const char *gpu_device_exchange(const gpuSide_t *side, ultraepRoute_t route, cudaStream_t stream);
+/* Both of these, with update and dispatch in one call. */
+const char *gpu_device_fused(const gpuSide_t *side, ultraepRoute_t route, cudaStream_t stream);
 const char *gpu_device_outputs(const gpuSide_t *side, gpuData_t *data, cudaStream_t stream);
-/* All of them. */
-const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, cudaStream_t stream);
+/* Inputs, update, exchange (or both in one), outputs. */
+const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, bool fused, cudaStream_t stream);
 
 /* Null if both backends gave the same, else the first difference. */
 const char *gpu_compare_data(const gpuShape_t *shape, const gpuData_t *data);

@@ -16,6 +16,7 @@ typedef struct {
   gpuShape_t shape;
   gpuLoads_t loads;
   int nUpdates;
+  bool fused; /* the first update; then by turns */
 } exchange_t;
 
 static exchange_t exchange_make(planner_random_t *random, int nRanks, int number) {
@@ -49,7 +50,8 @@ static exchange_t exchange_make(planner_random_t *random, int nRanks, int number
   x.loads = planner_random_below(random, 8) == 0 ? GPU_LOADS_ONE_EXPERT
             : planner_random_below(random, 2)    ? GPU_LOADS_UNUSED
                                                  : GPU_LOADS_SKEW;
-  x.nUpdates = 1 + planner_random_below(random, 2);
+  x.nUpdates = 1 + planner_random_below(random, 3);
+  x.fused = planner_random_below(random, 2);
   return x;
 }
 
@@ -67,7 +69,7 @@ static const char *exchange_rank(gpuWorld_t *world, int rank, void *argument) {
   for (int i = 0; i < x->nUpdates; i++) {
     gpu_data_fill(shape, x->loads, &data, &random);
     RANK_DO(gpu_host_run(&host, &data));
-    RANK_DO(gpu_device_enqueue(&device, &data, stream));
+    RANK_DO(gpu_device_enqueue(&device, &data, (x->fused + i) % 2, stream));
     RANK_CUDA(cudaStreamSynchronize(stream));
     RANK_DO(gpu_compare_segments(host.route, device.route, stream));
     RANK_DO(gpu_compare_data(shape, &data));
@@ -92,9 +94,10 @@ static void check_ranks(int nRanks) {
     flaw = gpu_world_run(&world, exchange_rank, &x);
     if (flaw)
       fail_msg("shape %d (R %d E %d K %d S %d hidden %d type %d tokens %d alignment %d scales %d dispatch %d "
-               "combine %d blocks %d balance %d loads %d): %s",
+               "combine %d blocks %d balance %d loads %d fused %d): %s",
                i, nRanks, c->nExperts, c->topK, c->nSlots, c->hidden, c->dataType, c->maxTokens, c->alignment,
-               c->scaleBytes, c->dispatchMode, c->combineMode, c->maxCtas, c->balance, x.loads, flaw);
+               c->scaleBytes, c->dispatchMode, c->combineMode, c->maxCtas, c->balance, x.loads, x.fused,
+               flaw);
   }
   gpu_world_free(&world);
   print_message("%d shapes on %d ranks\n", nShapes, nRanks);

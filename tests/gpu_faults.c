@@ -18,8 +18,9 @@
 #define TIMEOUT_MS 300
 #define LONG_MS 5000 /* where an error must come long before the timeout */
 
-typedef enum { PHASE_ROUTE, PHASE_DISPATCH, PHASE_COMBINE, PHASES } phase_t;
-static const char *const phaseNames[] = {"route", "dispatch", "combine"};
+typedef enum { PHASE_ROUTE, PHASE_DISPATCH, PHASE_COMBINE, PHASE_BOTH, PHASES } phase_t;
+/* Ranks that wait in the call of an update and a dispatch wait in its route. */
+static const char *const phaseNames[] = {"route", "dispatch", "combine", "route"};
 
 typedef enum { FAULT_MISSING, FAULT_LATE, FAULT_ABORT, FAULT_ABORT_WAITING, FAULT_LEAVE, FAULTS } fault_t;
 static const char *const faultNames[] = {"missing", "late", "aborting", "aborted while waiting", "leaving"};
@@ -51,6 +52,12 @@ static ultraepResult_t call(const gpuSide_t *side, phase_t phase, cudaStream_t s
     return ultraepRouteUpdate(side->route, side->topk, side->topkWeights, nTokens, stream);
   case PHASE_DISPATCH:
     return ultraepAllToAll(side->tokens, side->rows, ULTRAEP_DISPATCH, side->route, stream);
+  case PHASE_BOTH: {
+    ultraepTensors_t tensors = ULTRAEP_TENSORS_INITIALIZER;
+    tensors.sendbuff = side->tokens;
+    tensors.recvbuff = side->rows;
+    return ultraepRouteDispatch(side->route, side->topk, side->topkWeights, nTokens, &tensors, stream);
+  }
   default:
     return ultraepAllToAll(side->rows, side->out, ULTRAEP_COMBINE, side->route, stream);
   }
@@ -152,7 +159,7 @@ static const char *check_usable(gpuWorld_t *world, int rank) {
   RANK_MEET(world);
   gpu_data_fill(&shape, GPU_LOADS_SKEW, &data, &random);
   RANK_DO(gpu_host_run(&host, &data));
-  RANK_DO(gpu_device_enqueue(&device, &data, world->streams[rank]));
+  RANK_DO(gpu_device_enqueue(&device, &data, false, world->streams[rank]));
   RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
   RANK_DO(gpu_compare_data(&shape, &data));
   RANK_MEET(world);
@@ -177,7 +184,7 @@ static const char *fault_rank(gpuWorld_t *world, int rank, void *argument) {
   gpu_data_fill(&shape, GPU_LOADS_SKEW, &data, &random);
   RANK_MEET(world);
   /* A round that works, so that a route stands and kernels have run. */
-  RANK_DO(gpu_device_enqueue(&side, &data, stream));
+  RANK_DO(gpu_device_enqueue(&side, &data, false, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_MEET(world);
 
@@ -331,7 +338,7 @@ static const char *pair_check(gpuWorld_t *world, int rank, pair_t *pair) {
   cudaStream_t stream = world->streams[rank];
   gpu_data_fill(pair->device.shape, GPU_LOADS_UNIFORM, &pair->data, &pair->random);
   RANK_DO(gpu_host_run(&pair->host, &pair->data));
-  RANK_DO(gpu_device_enqueue(&pair->device, &pair->data, stream));
+  RANK_DO(gpu_device_enqueue(&pair->device, &pair->data, false, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_DO(gpu_compare_data(pair->device.shape, &pair->data));
   RANK_MEET(world);
@@ -409,6 +416,33 @@ static const char *offsets_rank(gpuWorld_t *world, int rank, void *argument) {
   RANK_DO(gpu_side_free(&side));
   RANK_MEET(world);
   return check_usable(world, rank);
+}
+
+/* Ranks in different calls are all told, at once, and no row moves; the group works on. */
+static const char *mismatch_rank(gpuWorld_t *world, int rank, void *argument) {
+  cudaStream_t stream = world->streams[rank];
+  pair_t pair;
+  RANK_DO(pair_make(world, argument, rank, &pair));
+  RANK_DO(pair_check(world, rank, &pair));
+  for (int i = 0; i < PHASES * PHASES; i++) {
+    phase_t most = (phase_t)(i / PHASES), one = (phase_t)(i % PHASES);
+    if (most == one) continue;
+    RANK_DO(gpu_device_inputs(&pair.device, &pair.data, stream));
+    RANK_CUDA(cudaStreamSynchronize(stream));
+    RANK_MEET(world);
+    double start = gpu_world_seconds();
+    ultraepResult_t result = call(&pair.device, rank == VICTIM ? one : most, stream);
+    RANK_CHECK(result == ultraepSuccess, "the call is %s", ultraepGetErrorString(result));
+    RANK_CUDA(cudaStreamSynchronize(stream));
+    double seconds = gpu_world_seconds() - start;
+    RANK_CHECK(seconds < 1e-3 * LONG_MS, "%s with %s: found after %.3f s", phaseNames[most], phaseNames[one],
+               seconds);
+    RANK_IS(ultraepGroupStatus(pair.device.group, NULL), ultraepInvalidUsage);
+    RANK_DO(check_untouched(&pair.device, &pair.data, GPU_POISON, stream));
+    RANK_MEET(world);
+    RANK_DO(pair_check(world, rank, &pair));
+  }
+  return pair_free(world, &pair);
 }
 
 /* Arguments that are refused at once; the group works on. */
@@ -492,6 +526,11 @@ static const char *config_rank(gpuWorld_t *world, int rank, void *argument) {
   shape.config.topK = 0;
   RANK_IS(ultraepGroupCreate(&group, world->comms[rank], &shape.config), ultraepInvalidArgument);
   RANK_MEET(world);
+  /* Where one rank's config is no good, the others are told. */
+  shape.config.topK = rank == VICTIM ? 0 : 4;
+  RANK_IS(ultraepGroupCreate(&group, world->comms[rank], &shape.config),
+          rank == VICTIM ? ultraepInvalidArgument : ultraepRemoteError);
+  RANK_MEET(world);
   return check_usable(world, rank);
 }
 
@@ -519,6 +558,12 @@ static void test_offsets(void **state) {
   check_mistake(offsets_rank, &shape);
 }
 
+static void test_mismatch(void **state) {
+  (void)state;
+  gpuShape_t shape = fault_shape(false, 20000);
+  check_mistake(mismatch_rank, &shape);
+}
+
 static void test_arguments(void **state) {
   (void)state;
   gpuShape_t shape = fault_shape(false, 20000);
@@ -543,9 +588,10 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_missing),     cmocka_unit_test(test_late),
       cmocka_unit_test(test_abort),       cmocka_unit_test(test_abort_waiting),
       cmocka_unit_test(test_leave),       cmocka_unit_test(test_overflow_and_bad_entries),
-      cmocka_unit_test(test_offsets),     cmocka_unit_test(test_arguments),
-      cmocka_unit_test(test_config),      cmocka_unit_test(test_register),
-      cmocka_unit_test(test_away_create), cmocka_unit_test(test_away_memory),
+      cmocka_unit_test(test_offsets),     cmocka_unit_test(test_mismatch),
+      cmocka_unit_test(test_arguments),   cmocka_unit_test(test_config),
+      cmocka_unit_test(test_register),    cmocka_unit_test(test_away_create),
+      cmocka_unit_test(test_away_memory),
   };
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;

@@ -13,6 +13,8 @@
 
 #include "gpu_common.h"
 
+enum { GRAPH_ALL, GRAPH_FUSED, GRAPH_EXCHANGE, GRAPHS };
+
 #define DEPTH 4 /* exchanges that are queued before anything is waited for */
 
 static int nRounds = 300; /* of DEPTH exchanges, for each number of ranks and each mode */
@@ -38,13 +40,17 @@ static const char *record_all(const gpuSide_t *side, cudaStream_t stream) {
   return gpu_device_exchange(side, side->route, stream);
 }
 
+static const char *record_fused(const gpuSide_t *side, cudaStream_t stream) {
+  return gpu_device_fused(side, side->route, stream);
+}
+
 static const char *record_exchange(const gpuSide_t *side, cudaStream_t stream) {
   return gpu_device_exchange(side, side->route, stream);
 }
 
 /* One exchange, in one of the ways that a program may mix. The same choice on every rank. */
-static const char *enqueue(const gpuSide_t *side, gpuData_t *data, int way, cudaGraphExec_t all,
-                           cudaGraphExec_t exchange, cudaStream_t stream) {
+static const char *enqueue(const gpuSide_t *side, gpuData_t *data, int way,
+                           const cudaGraphExec_t graphs[GRAPHS], cudaStream_t stream) {
   RANK_DO(gpu_device_inputs(side, data, stream));
   switch (way) {
   case 0: /* eager */
@@ -52,21 +58,30 @@ static const char *enqueue(const gpuSide_t *side, gpuData_t *data, int way, cuda
     break;
   case 1: /* an eager update, then a graph of the exchange */
     RANK_DO(gpu_device_update(side, side->route, stream));
-    RANK_CUDA(cudaGraphLaunch(exchange, stream));
+    RANK_CUDA(cudaGraphLaunch(graphs[GRAPH_EXCHANGE], stream));
     break;
   case 2: /* the exchange again on the route that the graph updated, as in a backward pass */
-    RANK_CUDA(cudaGraphLaunch(all, stream));
+    RANK_CUDA(cudaGraphLaunch(graphs[GRAPH_ALL], stream));
     RANK_DO(gpu_device_exchange(side, side->route, stream));
     break;
+  case 3:
+    RANK_DO(record_fused(side, stream));
+    break;
+  case 4:
+  case 5:
+  case 6:
+    RANK_CUDA(cudaGraphLaunch(graphs[GRAPH_FUSED], stream));
+    break;
   default:
-    RANK_CUDA(cudaGraphLaunch(all, stream));
+    RANK_CUDA(cudaGraphLaunch(graphs[GRAPH_ALL], stream));
   }
   return gpu_device_outputs(side, data, stream);
 }
 
 /* Fills, queues and compares DEPTH exchanges. `choices` gives the same on every rank. */
-static const char *replay_round(const gpuSide_t sides[2], gpuData_t *data, const cudaGraphExec_t graphs[2],
-                                planner_random_t *random, planner_random_t *choices, cudaStream_t stream) {
+static const char *replay_round(const gpuSide_t sides[2], gpuData_t *data,
+                                const cudaGraphExec_t graphs[GRAPHS], planner_random_t *random,
+                                planner_random_t *choices, cudaStream_t stream) {
   int ways[DEPTH], kinds[DEPTH];
   for (int i = 0; i < DEPTH; i++) {
     kinds[i] = planner_random_below(choices, GPU_LOADS_KINDS);
@@ -74,8 +89,7 @@ static const char *replay_round(const gpuSide_t sides[2], gpuData_t *data, const
     gpu_data_fill(sides[0].shape, (gpuLoads_t)kinds[i], &data[i], random);
     RANK_DO(gpu_host_run(&sides[0], &data[i]));
   }
-  for (int i = 0; i < DEPTH; i++)
-    RANK_DO(enqueue(&sides[1], &data[i], ways[i], graphs[0], graphs[1], stream));
+  for (int i = 0; i < DEPTH; i++) RANK_DO(enqueue(&sides[1], &data[i], ways[i], graphs, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   for (int i = 0; i < DEPTH; i++) {
     const char *flaw = gpu_compare_data(sides[0].shape, &data[i]);
@@ -87,13 +101,13 @@ static const char *replay_round(const gpuSide_t sides[2], gpuData_t *data, const
 static const char *replay_rank(gpuWorld_t *world, int rank, void *argument) {
   const gpuShape_t *shape = argument;
   cudaStream_t stream = world->streams[rank];
-  cudaGraphExec_t graphs[2];
+  cudaGraphExec_t graphs[GRAPHS];
   gpuSide_t sides[2];
   gpuData_t data[DEPTH];
   RANK_DO(gpu_side_make(world, shape, rank, false, &sides[0]));
   RANK_DO(gpu_side_make(world, shape, rank, true, &sides[1]));
   for (int i = 0; i < DEPTH; i++) RANK_DO(gpu_data_make(shape, rank, sides[1].nRows, true, &data[i]));
-  RANK_DO(capture(&sides[1], record_all, stream, &graphs[0]));
+  RANK_DO(capture(&sides[1], record_all, stream, &graphs[GRAPH_ALL]));
   RANK_MEET(world);
   /* A graph of the exchange alone needs a route that has been updated once. */
   RANK_DO(gpu_device_inputs(&sides[1], &data[0], stream));
@@ -101,7 +115,8 @@ static const char *replay_rank(gpuWorld_t *world, int rank, void *argument) {
   RANK_DO(gpu_device_update(&sides[1], sides[1].route, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_MEET(world);
-  RANK_DO(capture(&sides[1], record_exchange, stream, &graphs[1]));
+  RANK_DO(capture(&sides[1], record_exchange, stream, &graphs[GRAPH_EXCHANGE]));
+  RANK_DO(capture(&sides[1], record_fused, stream, &graphs[GRAPH_FUSED]));
   RANK_MEET(world);
   planner_random_t random = {shape->seed * 100 + (uint64_t)rank}, choices = {shape->seed};
   for (int i = 0; i < nRounds; i++) {
@@ -110,7 +125,7 @@ static const char *replay_rank(gpuWorld_t *world, int rank, void *argument) {
   }
   RANK_OK(ultraepGroupStatus(sides[1].group, NULL));
   RANK_MEET(world);
-  for (int i = 0; i < 2; i++) RANK_CUDA(cudaGraphExecDestroy(graphs[i]));
+  for (int i = 0; i < GRAPHS; i++) RANK_CUDA(cudaGraphExecDestroy(graphs[i]));
   for (int i = 0; i < DEPTH; i++) gpu_data_free(&data[i]);
   RANK_DO(gpu_side_free(&sides[1]));
   return gpu_side_free(&sides[0]);
@@ -189,7 +204,7 @@ static const char *failing_rank(gpuWorld_t *world, int rank, void *argument) {
     /* At once, so that the last replay's verdict may be all that the host knows. */
     gpu_data_fill(shape, GPU_LOADS_UNIFORM, &data, &random);
     RANK_DO(gpu_host_run(&sides[0], &data));
-    RANK_DO(gpu_device_enqueue(&sides[1], &data, stream));
+    RANK_DO(gpu_device_enqueue(&sides[1], &data, i % 2, stream));
     RANK_CUDA(cudaStreamSynchronize(stream));
     const char *flaw = gpu_compare_data(shape, &data);
     RANK_CHECK(!flaw, "round %d: %s", i, flaw);

@@ -103,7 +103,7 @@ static const char *two_rank(gpuWorld_t *world, int rank, void *argument) {
     bool isOne = i % 3 == 2;
     for (int j = 0; j < 2; j++) {
       int at = isOne ? j : (j + rank) % 2;
-      RANK_DO(gpu_device_enqueue(&pairs[at].device, &pairs[at].data[0], streams[isOne ? 0 : at]));
+      RANK_DO(gpu_device_enqueue(&pairs[at].device, &pairs[at].data[0], false, streams[isOne ? 0 : at]));
     }
     for (int j = 0; j < 2; j++) RANK_CUDA(cudaStreamSynchronize(streams[j]));
     for (int j = 0; j < 2; j++) {
@@ -171,7 +171,7 @@ static const char *combine_first(pair_t *pair, cudaStream_t stream) {
   size_t outBytes = (data->nTokens + 1) * data->rowBytes;
   gpu_data_fill(&pair->shape, GPU_LOADS_UNIFORM, data, &pair->random);
   RANK_DO(gpu_host_run(&pair->host, data));
-  RANK_DO(gpu_device_enqueue(&pair->device, data, stream));
+  RANK_DO(gpu_device_enqueue(&pair->device, data, false, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   for (int i = 0; i < 4; i++) {
     int n = (int)data->nTokens;
@@ -239,7 +239,7 @@ static const char *register_rank(gpuWorld_t *world, int rank, void *argument) {
     device.rows = mine + offset + 256; /* the symmetric buffer need not be the start of a region */
     gpu_data_fill(&pair->shape, GPU_LOADS_SKEW, &pair->data[0], &pair->random);
     RANK_DO(gpu_host_run(&pair->host, &pair->data[0]));
-    RANK_DO(gpu_device_enqueue(&device, &pair->data[0], world->streams[rank]));
+    RANK_DO(gpu_device_enqueue(&device, &pair->data[0], false, world->streams[rank]));
     RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
     RANK_DO(gpu_compare_data(&pair->shape, &pair->data[0]));
     RANK_OK(ultraepMemFree(device.group, mine + offset));
@@ -293,7 +293,7 @@ static const char *again_once(gpuWorld_t *world, int rank, const gpuShape_t *sha
   RANK_MEET(world);
   gpu_data_fill(shape, GPU_LOADS_SKEW, data, random);
   RANK_DO(gpu_host_run(&host, data));
-  RANK_DO(gpu_device_enqueue(&device, data, stream));
+  RANK_DO(gpu_device_enqueue(&device, data, true, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_DO(gpu_compare_data(shape, data));
   /* Sometimes tidy, sometimes all at once. */

@@ -29,7 +29,7 @@ static gpuShape_t process_shape(int nRanks, int number) {
 
 static const char *process_check(const gpuShape_t *shape, gpuSide_t sides[2], gpuData_t *data,
                                  cudaStream_t stream) {
-  RANK_DO(gpu_device_enqueue(&sides[1], data, stream));
+  RANK_DO(gpu_device_enqueue(&sides[1], data, shape->seed % 2, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_DO(gpu_compare_segments(sides[0].route, sides[1].route, stream));
   RANK_DO(gpu_compare_plans(sides[0].route, sides[1].route));
