@@ -50,13 +50,26 @@ struct PlanArrays {
   }
 };
 
-// Stores one word of the plan's memory, or not, without a branch.
-__device__ __forceinline__ void storeIf(bool condition, uint32_t at, uint32_t value) {
-  uint32_t address = uint32_t(__cvta_generic_to_shared(planMemory)) + at;
+// Addresses within shared memory. Stores that are made or not, without a branch.
+__device__ __forceinline__ uint32_t planAddress(uint32_t at) {
+  return uint32_t(__cvta_generic_to_shared(planMemory)) + at;
+}
+__device__ __forceinline__ uint32_t loadShared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void storeIf(bool condition, uint32_t address, uint32_t value) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.u32 [%1], %2;\n}" ::"r"(uint32_t(condition)),
       "r"(address), "r"(value)
       : "memory");
+}
+__device__ __forceinline__ void storeIf(bool condition, uint32_t address, uint32_t low, uint32_t high) {
+  asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.v2.u32 [%1], {%2, %3};\n}" ::"r"(
+                   uint32_t(condition)),
+               "r"(address), "r"(low), "r"(high)
+               : "memory");
 }
 
 // What a fill needs of the config.
@@ -226,8 +239,10 @@ template <typename Key> struct WarpFill {
 };
 
 // The same fill for domains of at most 32 * kSpan <= 64 ranks and totals below kPackedTotal: the ranks' loads
-// live in registers, kSpan consecutive ranks a lane, each packed with its rank into one word, so that one
-// reduction gives the best load and whose it is. What bounds a fill is the chain of such reductions.
+// live in registers, kSpan consecutive ranks a lane, each packed with its rank into one key, so that one
+// reduction gives the best load and whose it is. What bounds a fill is one warp's instructions in a row, so
+// the common step has as few as can be: keys are updated as keys, and a slot is one word, its quota in the
+// low half and its expert in the high half, until the end.
 constexpr int64_t kPackedTotal = (1 << 26) - 1;
 
 template <int kSpan> struct PackedFill {
@@ -240,12 +255,11 @@ template <int kSpan> struct PackedFill {
   uint32_t target;
   uint32_t light[kSpan], heavy[kSpan]; // keys: the deficit of light ranks, the load of heavy ranks, else 0
   uint32_t settled[kSpan];             // load of a rank that is neither
-  int32_t used[kSpan];                 // slots
 
   __device__ PackedFill(FillShape shape, PlanArrays arrays, int firstRank)
       : p(shape), a(arrays), first(firstRank), lane(threadIdx.x % kWarp), target(0) {}
 
-  // The larger value wins, then the lower rank.
+  // The larger value wins, then the lower rank. No two ranks have the same key.
   static __device__ uint32_t keyOf(uint32_t value, int rank) {
     return value << kRankBits | (kRankMask - uint32_t(rank));
   }
@@ -259,41 +273,54 @@ template <int kSpan> struct PackedFill {
     return warpMax(most);
   }
 
-  // A rank has this load: by the lane that holds the rank.
-  __device__ void setLoad(int rank, uint32_t load) {
+  // The donor, known by its key, gives `amount`, a value in a key's place.
+  __device__ void give(uint32_t donor, uint32_t amount) {
+    uint32_t left = donor - amount, level = target << kRankBits, rank = left & kRankMask;
+    uint32_t newHeavy = left > (level | kRankMask) ? left : 0;
+    uint32_t newLight = left < level ? level - left + 2 * rank : 0;
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
-      if (lane * kSpan + i != rank) continue;
-      heavy[i] = load > target ? keyOf(load, rank) : 0;
-      light[i] = load < target ? keyOf(target - load, rank) : 0;
+      if (heavy[i] != donor) continue;
+      heavy[i] = newHeavy;
+      light[i] = newLight;
     }
   }
-  // A receiver is filled, as far as its slots reach.
-  __device__ void settle(int rank, uint32_t load, int slots) {
+  // A receiver, known by its key, is not light any more.
+  __device__ void settle(uint32_t receiver, uint32_t load) {
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
-      if (lane * kSpan + i != rank) continue;
+      if (light[i] != receiver) continue;
       light[i] = 0;
       settled[i] = load;
-      used[i] = slots;
     }
   }
 
-  __device__ uint32_t remOf(int rank, int i) const {
-    return i < p.perRank ? uint32_t(a.rem[(first + rank) * p.perRank + i]) : 0;
+  // Addresses of rank 0's i-th rem and slot, and those of the rank that a key names: the key holds the rank
+  // from above.
+  __device__ uint32_t remOf(uint32_t key, int i) const {
+    uint32_t top = planAddress(a.rem.at) + 8 * uint32_t((first + int(kRankMask)) * p.perRank + i);
+    return top - (key & kRankMask) * uint32_t(8 * p.perRank);
+  }
+  __device__ uint32_t slotOf(uint32_t key, int i) const {
+    uint32_t top = planAddress(a.slotQuota.at) + 8 * uint32_t((first + int(kRankMask)) * p.nSlots + i);
+    return top - (key & kRankMask) * uint32_t(8 * p.nSlots);
+  }
+  __device__ uint32_t expertOf(uint32_t key, int i) const {
+    return uint32_t((first + int(kRankMask)) * p.perRank + i) - (key & kRankMask) * uint32_t(p.perRank);
   }
 
   // The donor's smallest expert that covers want, the lowest of equals, as its place on the rank; -1 if none
   // does.
-  __device__ int pickCovering(int donor, uint32_t want, uint32_t *rem) const {
+  __device__ int pickCovering(uint32_t donor, uint32_t want, uint32_t *rem) const {
     uint32_t cover = 0xffffffffu;
     int at = -1, perLane = (p.perRank + kWarp - 1) / kWarp;
 #pragma unroll 1
     for (int i = 0; i < perLane; i++) {
-      uint32_t left = remOf(donor, lane * perLane + i);
+      int e = lane * perLane + i;
+      uint32_t left = e < p.perRank ? loadShared(remOf(donor, e)) : 0;
       if (left >= want && left < cover) {
         cover = left;
-        at = lane * perLane + i;
+        at = e;
       }
     }
     *rem = warpMin(cover);
@@ -301,10 +328,10 @@ template <int kSpan> struct PackedFill {
     return __shfl_sync(kFullWarp, at, warpFirst(cover == *rem));
   }
 
-  __device__ uint32_t largestOf(int rank) const {
+  __device__ uint32_t largestOf(uint32_t key) const {
     uint32_t most = 0;
 #pragma unroll 4
-    for (int i = 0; i < p.perRank; i++) most = max(most, remOf(rank, i));
+    for (int i = 0; i < p.perRank; i++) most = max(most, loadShared(remOf(key, i)));
     return most;
   }
 
@@ -314,13 +341,13 @@ template <int kSpan> struct PackedFill {
     uint32_t largest[kSpan], key[kSpan], most = 0;
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
-      largest[i] = heavy[i] ? largestOf(rankOf(heavy[i])) : 0;
+      largest[i] = heavy[i] ? largestOf(heavy[i]) : 0;
       key[i] = largest[i] >= want ? heavy[i] : 0;
       most = max(most, largest[i]);
     }
     uint32_t donor = best(key), found;
     if (donor != 0) {
-      *expert = pickCovering(rankOf(donor), want, rem);
+      *expert = pickCovering(donor, want, rem);
       return donor;
     }
     *rem = warpMax(most);
@@ -328,57 +355,65 @@ template <int kSpan> struct PackedFill {
     for (int i = 0; i < kSpan; i++) key[i] = largest[i] == *rem ? heavy[i] : 0;
     donor = best(key);
     // The lowest of its largest experts: the smallest that covers its own size.
-    *expert = pickCovering(rankOf(donor), *rem, &found);
+    *expert = pickCovering(donor, *rem, &found);
     return donor;
   }
 
   // Fills one receiver to the target or until its slots are used, by any donors.
-  __device__ void fillReceiver(int receiver, uint32_t want) {
-    int slots = 0;
-    while (want > 0 && slots < p.nSlots) {
+  __device__ void fillReceiver(uint32_t receiver) {
+    uint32_t want = valueOf(receiver);
+    for (int slot = 0; want > 0 && slot < p.nSlots; slot++) {
       uint32_t donor = best(heavy), rem;
       if (donor == 0) break;
-      int expert = pickCovering(rankOf(donor), want, &rem);
+      int expert = pickCovering(donor, want, &rem);
       if (expert < 0) donor = pickElsewhere(want, &expert, &rem);
       uint32_t amount = min(want, rem);
-      int rank = rankOf(donor), slot = (first + receiver) * p.nSlots + slots;
-      want -= amount;
       __syncwarp(); // all lanes have read rem before it changes
-      if (lane == 0) {
-        a.slotExpert[slot] = (first + rank) * p.perRank + expert;
-        a.slotQuota[slot] = amount;
-        a.rem[(first + rank) * p.perRank + expert] = rem - amount;
-      }
-      slots++;
-      setLoad(rank, valueOf(donor) - amount);
+      storeIf(lane == 0, remOf(donor, expert), rem - amount);
+      storeIf(lane == 0, slotOf(receiver, slot), amount, expertOf(donor, expert));
+      give(donor, amount << kRankBits);
+      want -= amount;
       __syncwarp();
     }
-    settle(receiver, target - want, slots);
+    settle(receiver, target - want);
   }
 
-  // Fills the lightest rank; false when no rank is light or none is heavy. Mostly the heaviest rank has one
-  // expert that covers the whole deficit, and everything else goes the general way.
-  __device__ bool step() {
-    uint32_t lightest = best(light), heaviest = best(heavy);
-    if (lightest == 0 || heaviest == 0) return false;
-    uint32_t want = valueOf(lightest);
-    int donor = rankOf(heaviest), receiver = rankOf(lightest);
-    uint32_t rem = remOf(donor, lane);
-    uint32_t least = warpMin(rem >= want ? rem << 5 | uint32_t(lane) : 0xffffffffu);
-    if (__builtin_expect(p.perRank > kWarp || least == 0xffffffffu, 0)) {
-      settle(receiver, 0, 0); // not light while it is filled
-      fillReceiver(receiver, want);
-      return true;
+  // Fills the lightest rank until none is light or none is heavy. Mostly the heaviest rank has one expert
+  // that covers the whole deficit; everything else goes the general way.
+  __device__ void fill() {
+    for (;;) {
+      uint32_t receiver;
+      for (;;) {
+        receiver = best(light);
+        uint32_t donor = best(heavy);
+        if (receiver == 0 || donor == 0) return;
+        uint32_t want = valueOf(receiver), at = remOf(donor, lane);
+        uint32_t rem = lane < p.perRank ? loadShared(at) : 0;
+        uint32_t cover = rem >= want ? rem << 5 | uint32_t(lane) : 0xffffffffu;
+        uint32_t least = warpMin(cover);
+        if (p.perRank > kWarp || least == 0xffffffffu) break;
+        settle(receiver, target);
+        give(donor, receiver & ~kRankMask);
+        storeIf(cover == least, at, rem - want);
+        storeIf(cover == least, slotOf(receiver, 0), want, expertOf(donor, lane));
+        __syncwarp();
+      }
+      fillReceiver(receiver);
     }
-    settle(receiver, target, 1);
-    setLoad(donor, valueOf(heaviest) - want);
-    int expert = (first + donor) * p.perRank + lane, slot = (first + receiver) * p.nSlots;
-    bool owner = lane == int(least % kWarp);
-    storeIf(owner, a.rem.at + 8 * expert, rem - want);
-    storeIf(owner, a.slotExpert.at + 4 * slot, expert);
-    storeIf(owner, a.slotQuota.at + 8 * slot, want); // the high half is zero already
-    __syncwarp();
-    return true;
+  }
+
+  // The slots of a rank as the plan has them; their number.
+  __device__ int unpackSlots(int rank) const {
+    int used = 0;
+#pragma unroll 1
+    for (int i = 0; i < p.nSlots; i++) {
+      int slot = rank * p.nSlots + i;
+      auto word = uint64_t(a.slotQuota[slot]);
+      a.slotExpert[slot] = int32_t(word >> 32);
+      a.slotQuota[slot] = int64_t(word & 0xffffffffu);
+      used += int32_t(word >> 32) >= 0;
+    }
+    return used;
   }
 
   __device__ Outcome run(int64_t target64) {
@@ -389,29 +424,29 @@ template <int kSpan> struct PackedFill {
       int r = lane * kSpan + i;
       light[i] = heavy[i] = 0;
       settled[i] = target;
-      used[i] = 0;
       if (r >= p.nDomainRanks) continue;
-      setLoad(r, uint32_t(a.rankBefore[first + r]));
-      for (int slot = 0; slot < p.nSlots; slot++) a.slotQuota[(first + r) * p.nSlots + slot] = 0;
+      uint32_t before = uint32_t(a.rankBefore[first + r]);
+      if (before > target) heavy[i] = keyOf(before, r);
+      if (before < target) light[i] = keyOf(target - before, r);
+      for (int slot = 0; slot < p.nSlots; slot++)
+        a.slotQuota[(first + r) * p.nSlots + slot] = int64_t(0xffffffff00000000);
     }
 #pragma unroll 4
     for (int e = first * p.perRank + lane; e < (first + p.nDomainRanks) * p.perRank; e += kWarp)
       a.rem[e] = a.expertLoad[e];
     __syncwarp();
-    if (p.nSlots > 0) {
-      while (step()) {
-      }
-    }
+    if (p.nSlots > 0) fill();
     uint32_t most = 0, nReplicas = 0;
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
       int r = lane * kSpan + i;
       if (r >= p.nDomainRanks) continue;
-      uint32_t load = heavy[i] ? valueOf(heavy[i]) : light[i] ? target - valueOf(light[i]) : settled[i];
-      a.rankLoad[first + r] = load;
-      a.slotCount[first + r] = used[i];
-      most = max(most, load);
-      nReplicas += used[i];
+      uint32_t after = heavy[i] ? valueOf(heavy[i]) : light[i] ? target - valueOf(light[i]) : settled[i];
+      int used = unpackSlots(first + r);
+      a.rankLoad[first + r] = after;
+      a.slotCount[first + r] = used;
+      most = max(most, after);
+      nReplicas += used;
     }
     __syncwarp();
     return {int64_t(warpMax(most)), target64, int32_t(__reduce_add_sync(kFullWarp, nReplicas))};

@@ -12,6 +12,8 @@
 
 #include "gpu_common.h"
 
+#define MOST_BYTES (96 << 20) /* of one rank's rows */
+
 typedef struct {
   gpuShape_t shape;
   gpuLoads_t loads;
@@ -33,6 +35,10 @@ static exchange_t exchange_make(planner_random_t *random, int nRanks, int number
   c->scaleBytes = planner_random_below(random, 3) ? 0 : 4 * (1 + planner_random_below(random, 56));
   c->maxTokens = number % 10 == 0 ? 4096 : 1 + planner_random_below(random, 600);
   if (c->maxTokens == 4096 && c->hidden > 208) c->hidden = 208; /* capacity is the worst case: gigabytes */
+  /* Much memory takes time and finds nothing. */
+  int64_t rows = (int64_t)nRanks * c->topK, bytes = rows * c->hidden * 4;
+  if (c->maxTokens < 4096 && c->maxTokens * bytes > MOST_BYTES)
+    c->maxTokens = (int32_t)(MOST_BYTES / bytes) + 1;
   c->dispatchMode = planner_random_below(random, 3);
   c->combineMode = planner_random_below(random, 4) == 0;
   c->tolerance = planner_random_below(random, 3) ? 0 : 0.02;

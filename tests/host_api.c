@@ -314,6 +314,67 @@ static void test_route_errors(void **state) {
   host_run(4, route_errors_rank, NULL);
 }
 
+/* An update and its dispatch in one call give what two calls give, and fail alike without moving a row. */
+static void route_dispatch_rank(hostRankArg_t *self) {
+  enum { TOKENS = 24, ROWS = 200 };
+  ultraepConfig_t config = host_config();
+  config.dataType = ULTRAEP_FLOAT32;
+  config.maxRecvRows = ROWS;
+  ultraepGroup_t group;
+  ultraepRoute_t route;
+  ultraepTensors_t tensors = ULTRAEP_TENSORS_INITIALIZER;
+  int32_t topk[2 * TOKENS];
+  float weights[2 * TOKENS], *rows[2], *rowWeights[2], tokens[TOKENS][32];
+  size_t rowBytes = sizeof(tokens[0]);
+  CHECK_OK(self, ultraepGroupCreateHost(&group, self->world, self->rank, &config));
+  CHECK_OK(self, ultraepRouteCreate(group, &route));
+  for (int i = 0; i < 2; i++) {
+    CHECK_OK(self, ultraepMemAlloc(group, (void **)&rows[i], ROWS * rowBytes));
+    CHECK_OK(self, ultraepMemAlloc(group, (void **)&rowWeights[i], ROWS * sizeof(float)));
+    memset(rows[i], 0xa5, ROWS * rowBytes);
+    memset(rowWeights[i], 0xa5, ROWS * sizeof(float));
+  }
+  for (int i = 0; i < 2 * TOKENS; i++) {
+    topk[i] = (i * i + self->rank) % 5 - 1;
+    weights[i] = (float)(i + 1 + self->rank);
+  }
+  for (int i = 0; i < TOKENS * 32; i++) tokens[i / 32][i % 32] = (float)(i + 1000 * self->rank);
+  tensors.sendbuff = tokens;
+  tensors.recvbuff = rows[0];
+  tensors.recvWeights = rowWeights[0];
+  BAD(self, ultraepRouteDispatch(NULL, topk, weights, TOKENS, &tensors, NULL));
+  BAD(self, ultraepRouteDispatch(route, NULL, weights, TOKENS, &tensors, NULL));
+  BAD(self, ultraepRouteDispatch(route, topk, weights, -1, &tensors, NULL));
+  BAD(self, ultraepRouteDispatch(route, topk, weights, TOKENS, NULL, NULL));
+  tensors.recvbuff = tokens;
+  BAD(self, ultraepRouteDispatch(route, topk, weights, TOKENS, &tensors, NULL));
+  tensors.recvbuff = rows[0];
+  MISUSE(self, ultraepAllToAllTensors(&tensors, ULTRAEP_DISPATCH, route, NULL)); /* never updated */
+  CHECK_OK(self, ultraepRouteDispatch(route, topk, weights, TOKENS, &tensors, NULL));
+  CHECK_OK(self, ultraepRouteUpdate(route, topk, weights, TOKENS, NULL));
+  tensors.recvbuff = rows[1];
+  tensors.recvWeights = rowWeights[1];
+  CHECK_OK(self, ultraepAllToAllTensors(&tensors, ULTRAEP_DISPATCH, route, NULL));
+  CHECK(self, memcmp(rows[0], rows[1], ROWS * rowBytes) == 0);
+  CHECK(self, memcmp(rowWeights[0], rowWeights[1], ROWS * sizeof(float)) == 0);
+  memset(rows[1], 0xa5, ROWS * rowBytes);
+  int32_t entry = topk[3];
+  if (self->rank == 1) topk[3] = 8;
+  CHECK_IS(self, ultraepRouteDispatch(route, topk, weights, TOKENS, &tensors, NULL),
+           self->rank == 1 ? ultraepInvalidArgument : ultraepRemoteError);
+  const unsigned char *bytes = (const unsigned char *)rows[1];
+  for (size_t i = 0; i < ROWS * rowBytes; i++) CHECK(self, bytes[i] == 0xa5);
+  topk[3] = entry;
+  CHECK_OK(self, ultraepRouteDispatch(route, topk, weights, TOKENS, &tensors, NULL));
+  CHECK(self, memcmp(rows[0], rows[1], ROWS * rowBytes) == 0);
+  CHECK_OK(self, ultraepGroupDestroy(group));
+}
+
+static void test_route_dispatch(void **state) {
+  (void)state;
+  host_run(4, route_dispatch_rank, NULL);
+}
+
 /* Padding counts: 8 segments of one row each fit or not by their alignment alone. */
 static void padding_rank(hostRankArg_t *self) {
   ultraepConfig_t config = host_config();
@@ -338,9 +399,11 @@ static void test_padding(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_messages), cmocka_unit_test(test_world),        cmocka_unit_test(test_group),
-      cmocka_unit_test(test_groups),   cmocka_unit_test(test_huge),         cmocka_unit_test(test_memory),
-      cmocka_unit_test(test_routes),   cmocka_unit_test(test_route_errors), cmocka_unit_test(test_padding),
+      cmocka_unit_test(test_messages), cmocka_unit_test(test_world),
+      cmocka_unit_test(test_group),    cmocka_unit_test(test_groups),
+      cmocka_unit_test(test_huge),     cmocka_unit_test(test_memory),
+      cmocka_unit_test(test_routes),   cmocka_unit_test(test_route_errors),
+      cmocka_unit_test(test_padding),  cmocka_unit_test(test_route_dispatch),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
