@@ -53,7 +53,7 @@ typedef struct {
   int32_t nDomainRanks;  /* D, a divisor of R; 0 means R */
   uint32_t tolerancePpm; /* stop at ceil(mean * (1 + tolerancePpm / 1e6)) */
   /* Cost gate: the plan minimises rowPs * (maximum rank load) + copyPs * (expert copies over the busiest
-   * link). copyPs = 0 switches the gate off. */
+   * link), see ultraepPlanCost_t. copyPs = 0 switches the gate off. */
   uint32_t rowPs;      /* picoseconds one assignment costs the rank that gets it, 0..ULTRAEP_MAX_ROW_PS */
   uint64_t copyPs;     /* picoseconds to copy one expert's weights over one link, 0..ULTRAEP_MAX_COPY_PS */
   int32_t relayCopies; /* 0: a master sends every replica itself; 1: replicas relay, a rank sends each expert
@@ -124,6 +124,63 @@ ULTRAEP_API ultraepResult_t ultraepPlannerRun(const ultraepPlannerConfig_t *conf
  * loads for the others. Equals plan->rankLoad; a check for tools and tests. load holds R values. */
 ULTRAEP_API ultraepResult_t ultraepPlanRealised(const ultraepPlan_t *plan, const int32_t *loads,
                                                 int64_t *load);
+
+/* ---- what a plan costs ----
+ *
+ * Estimates, in picoseconds, of two things that a microbatch waits for: the rows of the busiest rank, and the
+ * weights of the replicas. They know nothing of caches, other traffic, launches, or work that runs beside the
+ * copies. */
+
+/* What the cost gate minimises, for one plan. */
+typedef struct {
+  int32_t copies;    /* expert copies over the busiest link: the most that one rank receives or has to send of
+                        its masters, with config.relayCopies each of these once (what it passes on of others'
+                        weights is not counted, see ultraepPlanRelay) */
+  int32_t reserved;  /* 0 */
+  uint64_t rowsPs;   /* config.rowPs * plan->maxPlanned */
+  uint64_t copiesPs; /* config.copyPs * copies */
+} ultraepPlanCost_t;
+/* Sets *cost for any plan of a problem of config's sizes, whether its rates or others made it. Errors:
+ * ultraepInvalidArgument (null pointer, field out of range). */
+ULTRAEP_API ultraepResult_t ultraepPlanCost(const ultraepPlannerConfig_t *config, const ultraepPlan_t *plan,
+                                            ultraepPlanCost_t *cost);
+
+/* The relay: on which way weights reach replicas, so that a master need not send each replica a copy. An
+ * expert's weights go along a chain: from its master to its first replica, from there to the second, and so
+ * on; a rank passes a tile on while it receives later ones. The chain's order is that of own(rank of the
+ * replica) ascending, equals by rank, own(r) being the number of experts that have replicas and whose masters
+ * are on rank r. Why: every rank must send each of its own such experts once; whoever has none passes on for
+ * the others, and since the last of a chain sends nothing, ranks with much to send of their own come last.
+ *
+ * Sets source[i], for replica instances[E + i], to the instance that its weights come from, a master or the
+ * replica before it. Same plan, same chains on every machine. source holds nReplicas values. Errors:
+ * ultraepInvalidArgument (null pointer). */
+ULTRAEP_API ultraepResult_t ultraepPlanRelay(const ultraepPlan_t *plan, int32_t *source);
+
+/* A rank's link, the same in both directions at once and for every rank. */
+typedef struct {
+  uint64_t copyPs; /* one expert's weights over it, 0..ULTRAEP_MAX_COPY_PS */
+  uint64_t tilePs; /* one tile, the amount that is passed on in one go, 0..copyPs */
+  uint64_t hopPs;  /* from a tile's arrival until its receiver can use it, 0..ULTRAEP_MAX_COPY_PS */
+} ultraepLink_t;
+
+typedef struct {
+  int32_t maxSends, sender;      /* most expert copies that one rank sends, and the lowest such rank */
+  int32_t maxReceives, receiver; /* the same for receiving */
+  int32_t depth;                 /* most transfers from a master to one of its replicas */
+  int32_t reserved;              /* 0 */
+  uint64_t floorPs;              /* the busiest link alone: no schedule of these transfers is faster */
+  uint64_t ps;                   /* until the last replica has its weights, see below */
+} ultraepCopies_t;
+/* Sets *copies for transfers from source (as of ultraepPlanRelay; null: every replica straight from its
+ * master) that all start at once and share links fairly. ps is then an upper bound, and what it takes where
+ * no rank sends or receives more than one copy: over the replicas the largest
+ *   max(k) * copyPs + (sum(k) - max(k)) * tilePs + transfers * hopPs
+ * along the way from the master, k of a transfer being the larger of what its sender sends and its receiver
+ * receives. Errors: ultraepInvalidArgument (null pointer, field out of range, a source that is no instance of
+ * the same expert or that leads to no master). */
+ULTRAEP_API ultraepResult_t ultraepPlanCopies(const ultraepPlan_t *plan, const int32_t *source,
+                                              const ultraepLink_t *link, ultraepCopies_t *copies);
 
 /* A one-line reason for the last ultraepInvalidArgument of a config: which field, and its range. Never null.
  */

@@ -7,7 +7,8 @@
 #include <string.h>
 
 #define DEFAULT_LINK_BYTES_PER_SECOND 400e9 /* an H100's NVLink in one direction */
-#define DEFAULT_BYTES_PER_ROW_SECOND 600e12 /* one flop a byte of weights, at bf16 rates */
+#define DEFAULT_BYTES_PER_ROW_SECOND                                                                         \
+  600e12 /* one flop a byte of bf16 weights; fp8: half the bytes, twice the rate */
 #define PICOSECONDS 1e12
 
 /* ---- data types ---- */
@@ -95,14 +96,59 @@ static ultraepResult_t config_check_real(const char *name, double value, double 
   return error_set(ultraepInvalidArgument, "config.%s is %g: must be in 0..%g", name, value, max);
 }
 
-static double config_row_seconds(const ultraepConfig_t *config) {
-  return config->rowSeconds > 0 ? config->rowSeconds
-                                : (double)config->expertBytes / DEFAULT_BYTES_PER_ROW_SECOND;
+/* ---- the cost gate ---- */
+
+/* What one more row, and one more copy of an expert, cost. bytes = 0: no gate. */
+typedef struct {
+  double copyBytes;   /* over a link, for each copy */
+  double workBytes;   /* weights that a row is multiplied with, each as often as it is */
+  int32_t nCrossings; /* times that a row crosses a link */
+} configWork_t;
+
+static configWork_t config_work(const ultraepConfig_t *config, const ultraepExperts_t *experts) {
+  if (config->expertBytes > 0)
+    return (configWork_t){(double)config->expertBytes, (double)config->expertBytes, 2};
+  if (config->expertBytes == 0 || !experts) return (configWork_t){0, 0, 0};
+  double weights = 0, grads = 0;
+  for (int t = 0; t < experts->nWeights; t++) weights += (double)experts->weights[t].bytes;
+  for (int t = 0; t < experts->nGrads; t++) grads += (double)experts->grads[t].bytes;
+  if (experts->nGrads == 0) return (configWork_t){weights, weights, 2};
+  /* Backward: the gradients of inputs and of weights, each as much work as forward; rows there and back once
+   * more. Layers share the slots, so the weights come a second time. */
+  return (configWork_t){2 * weights + grads, 3 * weights, 4};
 }
 
-static double config_copy_seconds(const ultraepConfig_t *config) {
-  double rate = config->linkBytesPerSecond > 0 ? config->linkBytesPerSecond : DEFAULT_LINK_BYTES_PER_SECOND;
-  return (double)config->expertBytes / rate;
+static double config_pick(double given, double measured, double otherwise) {
+  return given > 0 ? given : measured > 0 ? measured : otherwise;
+}
+
+/* Picoseconds of a row and of a copy; the config's data type must be good. */
+static void config_costs(const ultraepConfig_t *config, const configRates_t *measured,
+                         const configWork_t *work, double *row, double *copy) {
+  const configRates_t none = {0, 0}, *rates = measured ? measured : &none;
+  double link =
+      config_pick(config->linkBytesPerSecond, rates->linkBytesPerSecond, DEFAULT_LINK_BYTES_PER_SECOND);
+  double speed = config_pick(0, rates->weightBytesPerSecond, DEFAULT_BYTES_PER_ROW_SECOND);
+  double rowBytes = (double)config->hidden * (double)config_type_bytes(config->dataType);
+  *row = PICOSECONDS *
+         config_pick(config->rowSeconds, 0, work->workBytes / speed + work->nCrossings * rowBytes / link);
+  *copy = PICOSECONDS * work->copyBytes / link;
+}
+
+void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
+                 const ultraepExperts_t *experts, ultraepPlannerConfig_t *planner) {
+  configWork_t work = config_work(config, experts);
+  double row, copy;
+  planner->rowPs = 0;
+  planner->copyPs = 0;
+  planner->relayCopies = 0;
+  if (work.copyBytes <= 0) return;
+  config_costs(config, measured, &work, &row, &copy);
+  /* What is measured or registered may leave the planner's range, which then still tells dear from cheap; and
+   * a cost that rounds to nothing must not switch the gate off. */
+  planner->rowPs = (uint32_t)llround(fmin(fmax(row, 1), ULTRAEP_MAX_ROW_PS));
+  planner->copyPs = (uint64_t)llround(fmin(fmax(copy, 1), (double)ULTRAEP_MAX_COPY_PS));
+  planner->relayCopies = 1;
 }
 
 static ultraepResult_t config_check_cost(const ultraepConfig_t *config) {
@@ -111,13 +157,15 @@ static ultraepResult_t config_check_cost(const ultraepConfig_t *config) {
     result = config_check_real("linkBytesPerSecond", config->linkBytesPerSecond, 1e18);
   if (result == ultraepSuccess) result = config_check_real("rowSeconds", config->rowSeconds, 1.0);
   if (result != ultraepSuccess || config->expertBytes == 0) return result;
-  double row = config_row_seconds(config) * PICOSECONDS, copy = config_copy_seconds(config) * PICOSECONDS;
+  configWork_t work = config_work(config, NULL);
+  double row, copy;
+  config_costs(config, NULL, &work, &row, &copy);
   if (!(row <= ULTRAEP_MAX_ROW_PS))
-    return error_set(
-        ultraepInvalidArgument,
-        "the cost gate takes at most %g s a row: rowSeconds = %g and expertBytes = %lld make %g s",
-        ULTRAEP_MAX_ROW_PS / PICOSECONDS, config->rowSeconds, (long long)config->expertBytes,
-        row / PICOSECONDS);
+    return error_set(ultraepInvalidArgument,
+                     "the cost gate takes at most %g s a row: rowSeconds = %g, expertBytes = %lld, hidden = "
+                     "%d and linkBytesPerSecond = %g make %g s",
+                     ULTRAEP_MAX_ROW_PS / PICOSECONDS, config->rowSeconds, (long long)config->expertBytes,
+                     config->hidden, config->linkBytesPerSecond, row / PICOSECONDS);
   if (!(copy <= (double)ULTRAEP_MAX_COPY_PS))
     return error_set(
         ultraepInvalidArgument,
@@ -126,6 +174,8 @@ static ultraepResult_t config_check_cost(const ultraepConfig_t *config) {
         copy / PICOSECONDS);
   return ultraepSuccess;
 }
+
+/* ---- the config's rules ---- */
 
 static ultraepResult_t config_check_divisions(const ultraepConfig_t *config, int nRanks) {
   if (config->nExperts % nRanks != 0)
@@ -163,7 +213,7 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks) {
       {"domainRanks", config->domainRanks, 0, nRanks},
       {"alignment", config->alignment, 1, CONFIG_MAX_ALIGNMENT},
       {"maxRecvRows", config->maxRecvRows, 0, CONFIG_MAX_RECV_ROWS},
-      {"expertBytes", config->expertBytes, 0, CONFIG_MAX_EXPERT_BYTES},
+      {"expertBytes", config->expertBytes, ULTRAEP_EXPERT_BYTES_REGISTERED, CONFIG_MAX_EXPERT_BYTES},
       {"dispatchMode", config->dispatchMode, ULTRAEP_DISPATCH_AUTO, ULTRAEP_DISPATCH_ONCE},
       {"combineMode", config->combineMode, ULTRAEP_COMBINE_EXACT, ULTRAEP_COMBINE_PARTIAL},
       {"maxRoutes", config->maxRoutes, 1, CONFIG_MAX_ROUTES},
@@ -214,18 +264,31 @@ ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks,
       .nDomainRanks = nDomainRanks,
       .tolerancePpm = (uint32_t)llround(config->tolerance * 1e6),
   };
-  if (config->expertBytes > 0) {
-    planner.rowPs = (uint32_t)llround(config_row_seconds(config) * PICOSECONDS);
-    planner.copyPs = (uint64_t)llround(config_copy_seconds(config) * PICOSECONDS);
-  }
+  config_gate(config, NULL, NULL, &planner);
   return planner;
+}
+
+/* Rows that the gate may leave on a rank above what a full balance would: those that cost as much as all the
+ * copies that a rank can have to receive, or to send. */
+static double config_gate_rows(const ultraepConfig_t *config, int nRanks) {
+  if (!config->balance || config->nSlots == 0 || config->expertBytes == 0) return 0;
+  /* Nothing is registered yet: training, with gradients of twice the weights' bytes. */
+  configWork_t work = config->expertBytes > 0 ? config_work(config, NULL) : (configWork_t){4, 3, 0};
+  ultraepConfig_t rates = *config;
+  double row, copy, copies = fmax(config->nSlots, (double)config->nExperts / nRanks);
+  if (config->expertBytes < 0) rates.rowSeconds = 0;
+  config_costs(&rates, NULL, &work, &row, &copy);
+  return row > 0 ? ceil(copies * copy / row) : INFINITY;
 }
 
 int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks) {
   if (config->maxRecvRows > 0) return config->maxRecvRows;
   int64_t full = (int64_t)config->maxTokens * config->topK; /* what one rank can send */
   int64_t padding = (int64_t)(config->nExperts / nRanks + config->nSlots) * (config->alignment - 1);
-  return (nRanks > 1 ? 2 : 1) * full + padding;
+  double rows = (double)(nRanks > 1 ? 2 : 1) * (double)full;
+  double most = fmin((double)nRanks * (double)full, (double)(CONFIG_MAX_RECV_ROWS - padding));
+  double gated = fmin((double)full + config_gate_rows(config, nRanks), most);
+  return (int64_t)fmax(rows, gated) + padding;
 }
 
 /* ---- tensors ---- */

@@ -20,8 +20,19 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks);
 /* The first field in which two configs differ, or null. */
 const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b);
 /* For a checked config: what the planner is asked. nDomainRanks is what the backend found or the config says.
- */
+ * The gate is that of the config alone: nothing measured, nothing registered. */
 ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks, int nDomainRanks);
+
+/* What a backend measured once, at creation, for what the config does not say. Must be equal on every rank,
+ * or plans would differ: ranks agree on one value first. 0: not measured, the default stands. */
+typedef struct {
+  double linkBytesPerSecond;   /* at which one rank sends weights */
+  double weightBytesPerSecond; /* weights over the time that an expert takes for one row, when it has many */
+} configRates_t;
+/* Sets the planner's rowPs, copyPs and relayCopies for a checked config, from what is given, else measured,
+ * else the default. measured may be null; experts is the registered shape, or null. */
+void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
+                 const ultraepExperts_t *experts, ultraepPlannerConfig_t *planner);
 /* For a checked config: the rows a rank may receive, padding included. */
 int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks);
 

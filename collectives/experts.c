@@ -84,8 +84,13 @@ ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int layer, const ul
   groupLayer_t made;
   if (result == ultraepSuccess) result = experts_resolve(group, layer, experts, &made);
   if (result == ultraepSuccess) result = experts_reserve(group);
+  bool first = !group->hasSlots;
   if (result == ultraepSuccess) result = group->backend->expertsRegister(group, &made);
   if (result != ultraepSuccess) return result;
+  if (first && group->backend->gateChanged) {
+    group_set_gate(group);
+    group->backend->gateChanged(group);
+  }
   groupLayer_t *old = group_find_layer(group, layer);
   *(old ? old : &group->layers[group->nLayers++]) = made;
   return ultraepSuccess;

@@ -1,6 +1,5 @@
 #include "group.h"
 
-#include "config.h"
 #include "error.h"
 
 #include <stdlib.h>
@@ -27,6 +26,11 @@ ultraepResult_t group_make(ultraepGroup_t *group, const backend_t *backend, cons
   made->maxRecvRows = config_recv_rows(config, nRanks);
   *group = made;
   return ultraepSuccess;
+}
+
+void group_set_gate(ultraepGroup_t group) {
+  config_gate(&group->config, &group->measured, group->hasSlots ? &group->shape.experts : NULL,
+              &group->planner);
 }
 
 void group_free(ultraepGroup_t group) {
@@ -85,6 +89,14 @@ ultraepResult_t ultraepGroupCounters(ultraepGroup_t group, ultraepCounters_t *co
   if (!counters) return error_set(ultraepInvalidArgument, "counters is null");
   if (group->backend->counters) return group->backend->counters(group, counters);
   *counters = group->counters;
+  return ultraepSuccess;
+}
+
+ultraepResult_t ultraepGroupPlanner(ultraepGroup_t group, ultraepPlannerConfig_t *planner) {
+  ultraepResult_t result = group_check_handle(group);
+  if (result != ultraepSuccess) return result;
+  if (!planner) return error_set(ultraepInvalidArgument, "planner is null");
+  *planner = group->planner;
   return ultraepSuccess;
 }
 

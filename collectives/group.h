@@ -3,6 +3,7 @@
 #define ULTRAEP_GROUP_H_
 
 #include "backend.h"
+#include "config.h"
 #include "ultraep.h"
 
 #include <stdbool.h>
@@ -37,6 +38,7 @@ struct ultraepGroup {
   void *impl;
   ultraepConfig_t config;
   ultraepPlannerConfig_t planner;
+  configRates_t measured; /* by the backend, before group_set_gate */
   int rank, nRanks, nDomainRanks;
   int nLocalExperts; /* E/R */
   int nSegments;     /* E/R + S */
@@ -88,6 +90,8 @@ ultraepResult_t route_check_tokens(ultraepRoute_t route, const int32_t *topkIdx,
 ultraepResult_t group_make(ultraepGroup_t *group, const backend_t *backend, const ultraepConfig_t *config,
                            int rank, int nRanks, int nDomainRanks);
 void group_free(ultraepGroup_t group);
+/* Sets the rates in group->planner from the config, what was measured and what is registered. */
+void group_set_gate(ultraepGroup_t group);
 
 /* Finds the region that holds [start, start + bytes) whole; false if none does. */
 bool group_find_place(ultraepGroup_t group, const void *start, uint64_t bytes, groupPlace_t *place);

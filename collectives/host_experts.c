@@ -78,6 +78,10 @@ ultraepResult_t host_experts_register(ultraepGroup_t group, const groupLayer_t *
   return ultraepSuccess;
 }
 
+void host_gate_changed(ultraepGroup_t group) {
+  (void)group; /* updates plan with group->planner as they find it */
+}
+
 /* ---- weights ---- */
 
 /* Copies from a peer's region, a block at a time. */

@@ -199,6 +199,7 @@ static const backend_t hostBackend = {
     .dispatch = host_dispatch,
     .combine = host_combine,
     .expertsRegister = host_experts_register,
+    .gateChanged = host_gate_changed,
     .weightsSync = host_weights_sync,
     .gradsReduce = host_grads_reduce,
 };

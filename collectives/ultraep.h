@@ -100,6 +100,8 @@ typedef enum {
 
 #define ULTRAEP_MAGIC 0x756c6570u /* "ulep" */
 
+#define ULTRAEP_EXPERT_BYTES_REGISTERED (-1) /* config.expertBytes */
+
 /* Initialise with ULTRAEP_CONFIG_INITIALIZER, then set the fields. Must be equal on every rank. */
 typedef struct {
   size_t size;    /* sizeof(ultraepConfig_t), from the initializer */
@@ -120,12 +122,16 @@ typedef struct {
   /* Capacity: rows a rank may receive, padding included, 0..2^31-1; 0: see ultraepGroupProperties_t. */
   int64_t maxRecvRows;
   double tolerance; /* balance to mean * (1 + tolerance), 0..1000 */
-  /* Cost gate (see ultraepPlannerConfig_t). expertBytes = 0 switches it off: every plan balances fully. */
-  int64_t expertBytes;       /* weights of one expert, bytes, 0..2^40 */
+  /* Cost gate (see ultraepPlannerConfig_t): fewer replicas, or none, where copying their weights costs more
+   * time than it saves. expertBytes: what one copy of an expert moves, bytes, 1..2^40; 0: no gate, every plan
+   * balances fully; ULTRAEP_EXPERT_BYTES_REGISTERED: what ultraepExpertsRegister registers, and no gate
+   * before. Registered weights alone (inference) count as they are; with gradients a row counts three times
+   * (forward, and both gradients), and a copy is weights for forward, again for backward, and gradients. */
+  int64_t expertBytes;
   double linkBytesPerSecond; /* rate at which one rank sends weights; 0: 400e9, an H100's NVLink in one
                                 direction */
-  double rowSeconds; /* time one assignment costs its rank; 0: expertBytes / 600e12, one flop a byte at bf16
-                        rates */
+  double rowSeconds;    /* time one assignment costs its rank; 0: weights / 600e12 (one flop a byte at bf16
+                           rates), and the row over the link there and back */
   int32_t dispatchMode; /* ultraepDispatchMode_t */
   int32_t combineMode;  /* ultraepCombineMode_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
@@ -148,7 +154,8 @@ typedef struct {
   int32_t rank, nRanks, nDomainRanks;
   int32_t nLocalInstances; /* E/R + S: segments of a route on this rank, empty slots included */
   /* Rows a rank may receive: config.maxRecvRows, or else twice maxTokens * topK (a balanced rank gets that
-   * once when all ranks are full), plus (E/R + S) * (alignment - 1) for padding, and never more than the
+   * once when all ranks are full), or with a cost gate once and the rows that it may leave on a rank by the
+   * config's rates, if that is more; plus (E/R + S) * (alignment - 1) for padding, and never more than the
    * worst case. */
   int64_t maxRecvRows;
   int64_t windowBytes;  /* memory of this rank that peers reach: routes, flags, staging; user buffers not
@@ -200,6 +207,9 @@ ULTRAEP_API ultraepResult_t ultraepGroupCreateHost(ultraepGroup_t *group, ultrae
 ULTRAEP_API ultraepResult_t ultraepGroupProperties(ultraepGroup_t group,
                                                    ultraepGroupProperties_t *properties);
 ULTRAEP_API ultraepResult_t ultraepGroupCounters(ultraepGroup_t group, ultraepCounters_t *counters);
+/* What the group's next route asks the planner, the cost gate's rates included (copyPs 0: no gate). With it
+ * and a plan, ultraepPlanCost says what the gate weighed. */
+ULTRAEP_API ultraepResult_t ultraepGroupPlanner(ultraepGroup_t group, ultraepPlannerConfig_t *planner);
 /* The group's error, asynchronous ones included; never blocks. status may be null. */
 ULTRAEP_API ultraepResult_t ultraepGroupStatus(ultraepGroup_t group, ultraepStatus_t *status);
 /* Makes this group's waits, here and on its peers, return ultraepRemoteError soon. May be called from any

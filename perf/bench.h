@@ -2,6 +2,7 @@
 #ifndef ULTRAEP_PERF_BENCH_H_
 #define ULTRAEP_PERF_BENCH_H_
 
+#include "gate.h"
 #include "options.h"
 #include "ultraep.h"
 #include "workload.h"
@@ -66,6 +67,7 @@ typedef struct {
                               rank's end, a GPU's of the slowest rank; 0: phase not run */
   double before, after;    /* imbalance */
   int32_t replicas;
+  gateFigures_t gate;              /* what it weighed; planner.copyPs 0: there was none */
   int64_t rows;                    /* received by all ranks, padding not counted */
   int64_t maxRows;                 /* the most that one rank sends or receives */
   int64_t copyBytes;               /* that the copy phase copied, on all ranks together */
@@ -85,6 +87,13 @@ extern const char *const benchDispatchModes[3];
 extern const char *const benchCombineModes[2];
 extern const char *const benchPhaseNames[BENCH_PHASES];
 
+/* Calls call with each workload that the options ask for, until it fails. */
+typedef int (*benchWorkloadCall_t)(void *user, const workload_t *workload, perfError_t *error);
+int benchTrafficRun(const benchOptions_t *options, benchWorkloadCall_t call, void *user, perfError_t *error);
+
+/* A line of a report's header. */
+void benchTrafficPrint(const benchOptions_t *options);
+
 /* Where the ranks live: a table of operations, see bench_run.h. */
 typedef struct benchOps benchOps_t;
 extern const benchOps_t benchHostOps;
@@ -94,6 +103,9 @@ extern const benchOps_t benchCudaOps;
 int benchMachineOpen(const benchOps_t *ops, const benchOptions_t *options, benchMachine_t *machine,
                      perfError_t *error);
 void benchMachineClose(const benchOps_t *ops);
+/* Ends a program: closes machine (ops null: none) and job, says on stderr what failed (status not 0), and is
+ * the exit status. */
+int benchEnd(const char *program, const benchOps_t *ops, int status, bool wrong, const perfError_t *error);
 /* Runs one workload with one balance setting. Fails on an error of the library or the system, on all
  * processes alike (the message may be empty where another process has it); wrong results are counted, not an
  * error. */

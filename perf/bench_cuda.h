@@ -36,6 +36,9 @@ static inline benchCudaRank_t *bench_cuda_rank(const benchRank_t *rank) {
 /* The device of one of this process's ranks. */
 int benchCudaDevice(int32_t local);
 
+/* True for one rank of each GPU. */
+bool benchCudaCounts(int32_t local);
+
 /* Reports a CUDA call that fails. */
 #define BENCH_CUDA(rank, call)                                                                               \
   do {                                                                                                       \

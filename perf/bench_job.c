@@ -58,9 +58,17 @@ bool benchJobAny(bool mine) {
   return any != 0;
 }
 
-double benchJobMax(double mine) {
-  if (benchJob.nProcesses > 1) MPI_Allreduce(MPI_IN_PLACE, &mine, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+static double job_reduce(double mine, MPI_Op op) {
+  if (benchJob.nProcesses > 1) MPI_Allreduce(MPI_IN_PLACE, &mine, 1, MPI_DOUBLE, op, MPI_COMM_WORLD);
   return mine;
+}
+
+double benchJobMax(double mine) {
+  return job_reduce(mine, MPI_MAX);
+}
+
+double benchJobAdd(double mine) {
+  return job_reduce(mine, MPI_SUM);
 }
 
 void benchJobSum(int64_t *values, int32_t count) {
@@ -95,6 +103,10 @@ bool benchJobAny(bool mine) {
 }
 
 double benchJobMax(double mine) {
+  return mine;
+}
+
+double benchJobAdd(double mine) {
   return mine;
 }
 

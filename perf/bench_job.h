@@ -19,6 +19,7 @@ int benchJobOpen(perfError_t *error);
 void benchJobClose(bool broken);
 bool benchJobAny(bool mine);
 double benchJobMax(double mine);
+double benchJobAdd(double mine); /* the sum over all processes */
 void benchJobSum(int64_t *values, int32_t count);
 void benchJobSum32(uint32_t *values, size_t count);
 /* From the given process to all. */

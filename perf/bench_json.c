@@ -3,7 +3,6 @@
 #include "rows.h"
 
 #include <errno.h>
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -82,6 +81,16 @@ static json_t *json_gpu_make(const benchResult_t *result) {
                    "private_bytes", (json_int_t)result->privateBytes);
 }
 
+int benchJsonAppend(benchJson_t *json, json_t *line, perfError_t *error) {
+  if (json_array_append_new(json->results, line) == 0) return 0;
+  return perfErrorSet(error, "no memory for the JSON document");
+}
+
+int benchJsonSet(benchJson_t *json, const char *name, json_t *value, perfError_t *error) {
+  if (json_object_set_new(json->document, name, value) == 0) return 0;
+  return perfErrorSet(error, "no memory for the JSON document");
+}
+
 int benchJsonLine(benchJson_t *json, const workload_t *workload, bool balance, int64_t size, int64_t count,
                   const benchResult_t *result, perfError_t *error) {
   if (json == NULL) return 0;
@@ -102,23 +111,29 @@ int benchJsonLine(benchJson_t *json, const workload_t *workload, bool balance, i
       (json_int_t)result->wrong, "link_bytes", "dispatch", (json_int_t)result->linkBytes[BENCH_DISPATCH],
       "combine", (json_int_t)result->linkBytes[BENCH_COMBINE], "weights",
       (json_int_t)result->linkBytes[BENCH_WEIGHTS]);
-  bool whole = line != NULL;
+  bool whole = line != NULL && json_object_set_new(line, "gate", gateJson(&result->gate)) == 0;
   if (whole && json->machine->nDevices > 0)
     whole = json_object_set_new(line, "gpu", json_gpu_make(result)) == 0;
-  if (!whole || json_array_append(json->results, line) != 0) {
-    json_decref(line);
-    return perfErrorSet(error, "no memory for the JSON document");
-  }
+  if (whole) return benchJsonAppend(json, line, error);
   json_decref(line);
-  return 0;
+  return perfErrorSet(error, "no memory for the JSON document");
 }
 
 int benchJsonFinish(benchJson_t *json, int64_t wrong, double busBandwidth, perfError_t *error) {
-  char now[64];
   if (json == NULL) return 0;
+  return benchJsonWrite(json,
+                        json_pack("{s:{s:I,s:b},s:{s:f}}", "out_of_bounds", "count", (json_int_t)wrong,
+                                  "okay", wrong == 0, "average_bus_bandwidth", "bandwidth", busBandwidth),
+                        error);
+}
+
+int benchJsonWrite(benchJson_t *json, json_t *tail, perfError_t *error) {
+  char now[64];
   json_time_format(now, sizeof(now));
-  json_t *tail = json_pack("{s:{s:I,s:b},s:{s:f},s:s}", "out_of_bounds", "count", (json_int_t)wrong, "okay",
-                           wrong == 0, "average_bus_bandwidth", "bandwidth", busBandwidth, "end_time", now);
+  if (tail != NULL && json_object_set_new(tail, "end_time", json_string(now)) != 0) {
+    json_decref(tail);
+    tail = NULL;
+  }
   int updated = tail == NULL ? -1 : json_object_update(json->document, tail);
   json_decref(tail);
   if (updated != 0) return perfErrorSet(error, "no memory for the JSON document");

@@ -67,19 +67,6 @@ static int machine_contexts_make(perfError_t *error) {
   return 0;
 }
 
-enum { STREAM_WARM_BYTES = 1 << 20 };
-
-/* Makes the first kernel of a stream, a memset, run now: the device sets up a queue at its first kernel,
- * which does not work beside a peer's kernel that waits for this rank. */
-static int machine_stream_warm(cudaStream_t stream, perfError_t *error) {
-  void *memory = NULL;
-  MACHINE_CUDA(error, cudaMalloc(&memory, STREAM_WARM_BYTES));
-  MACHINE_CUDA(error, cudaMemsetAsync(memory, 0, STREAM_WARM_BYTES, stream));
-  MACHINE_CUDA(error, cudaStreamSynchronize(stream));
-  MACHINE_CUDA(error, cudaFree(memory));
-  return 0;
-}
-
 /* The ranks' streams. Streams share the few queues of a device, and a rank's kernels must not stand in one
  * queue behind a peer's that wait for them: so these are made one after the other, before NCCL makes its own.
  */
@@ -89,7 +76,6 @@ static int machine_streams_make(perfError_t *error) {
   for (int32_t local = 0; local < benchCuda.nLocal; local++) {
     MACHINE_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
     MACHINE_CUDA(error, cudaStreamCreateWithFlags(&benchCuda.streams[local], cudaStreamNonBlocking));
-    if (machine_stream_warm(benchCuda.streams[local], error) != 0) return -1;
   }
   return 0;
 }
@@ -232,7 +218,7 @@ double benchCudaMemoryThere(const char **what) {
 }
 
 /* One rank of each GPU counts for it: the first. */
-static bool machine_counts(int32_t local) {
+bool benchCudaCounts(int32_t local) {
   return (benchJob.nProcesses > 1 ? benchJob.localProcess : local) < benchCuda.nDevices;
 }
 
@@ -243,7 +229,7 @@ static int64_t machine_used(int device) {
 }
 
 int64_t benchCudaMemoryUsed(benchRank_t *rank) {
-  return machine_counts(rank->local) ? machine_used(benchCudaDevice(rank->local)) : 0;
+  return benchCudaCounts(rank->local) ? machine_used(benchCudaDevice(rank->local)) : 0;
 }
 
 static int machine_describe(benchMachine_t *machine, perfError_t *error) {
@@ -251,7 +237,7 @@ static int machine_describe(benchMachine_t *machine, perfError_t *error) {
   int64_t sums[2] = {0, 0}; /* devices, bytes */
   MACHINE_CUDA(error, cudaGetDeviceProperties(&properties, benchCudaDevice(0)));
   for (int32_t local = 0; local < benchCuda.nLocal; local++) {
-    if (!machine_counts(local)) continue;
+    if (!benchCudaCounts(local)) continue;
     sums[0]++;
     sums[1] += machine_used(benchCudaDevice(local));
   }

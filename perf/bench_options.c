@@ -1,37 +1,10 @@
-#include "bench.h"
+#include "bench_options.h"
 
 #include "bench_job.h"
 
 #include <argp.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum {
-  KEY_TOKENS = 0x100,
-  KEY_HIDDEN,
-  KEY_TOPK,
-  KEY_EXPERTS,
-  KEY_SLOTS,
-  KEY_SKEW,
-  KEY_TRACE,
-  KEY_ROUTING,
-  KEY_LAYER,
-  KEY_LIMIT,
-  KEY_SEED,
-  KEY_BALANCE,
-  KEY_ALIGN,
-  KEY_DOMAIN,
-  KEY_TOLERANCE,
-  KEY_MODE,
-  KEY_COMBINE,
-  KEY_TIMEOUT,
-  KEY_EXPERT_BYTES,
-  KEY_GATE_BYTES,
-  KEY_CTAS,
-  KEY_GRAPH,
-  KEY_BASELINE,
-  KEY_MATRIX,
-};
 
 const char *const benchDispatchModes[3] = {"auto", "direct", "once"};
 const char *const benchCombineModes[2] = {"exact", "partial"};
@@ -89,8 +62,10 @@ static const char benchDoc[] =
     "Exit status: 0; 1 where something is wrong or fails; 2 where the options are at fault.";
 
 static const struct argp_option benchOptionTable[] = {
-    {"backend", 'B', "host|cuda", 0, "Where ranks live: threads of this process, or GPUs (host)", 1},
-    {"nthreads", 't', "R", 0, "Ranks, each a thread (8; under mpirun, the processes)", 1},
+    BENCH_OPTIONS_RUN,
+    BENCH_OPTIONS_TRAFFIC("Tokens a rank, instead of -b -e", "Elements of a token (4096)",
+                          "Experts (64; with a trace, the trace's)"),
+    BENCH_OPTIONS_GROUP,
     {"minbytes", 'b', "BYTES", 0, "Least size: bytes of tokens a rank, K M G allowed (4M)", 1},
     {"maxbytes", 'e', "BYTES", 0, "Largest size (as -b)", 1},
     {"stepfactor", 'f', "N", 0, "Factor between sizes (2)", 1},
@@ -100,32 +75,11 @@ static const struct argp_option benchOptionTable[] = {
     {"check", 'c', "0|1", 0, "Check every iteration (1)", 1},
     {"datatype", 'd', "TYPE", 0, "bfloat16, half, float, or fp8 with scales out and bfloat16 back (bfloat16)",
      1},
-    {"output_file", 'J', "FILE", 0, "Write the results as JSON", 1},
-    {"tokens", KEY_TOKENS, "N", 0, "Tokens a rank, instead of -b -e", 2},
-    {"hidden", KEY_HIDDEN, "N", 0, "Elements of a token (4096)", 2},
-    {"topk", KEY_TOPK, "K", 0, "Experts of a token (8)", 2},
-    {"experts", KEY_EXPERTS, "E", 0, "Experts (64; with a trace, the trace's)", 2},
-    {"skew", KEY_SKEW, "RATIO", 0, "Made-up traffic with this imbalance, as ultraep_plan --zipf (4)", 2},
-    {"trace", KEY_TRACE, "FILE", 0, "Traffic of a load trace", 2},
-    {"routing", KEY_ROUTING, "FILE", 0, "Traffic of a routing trace", 2},
-    {"layer", KEY_LAYER, "N", 0, "Only records of this layer", 2},
-    {"limit", KEY_LIMIT, "N", 0, "Only the first N records", 2},
-    {"seed", KEY_SEED, "N", 0, "Seed of made-up traffic and of the order of a record's tokens (1)", 2},
-    {"slots", KEY_SLOTS, "S", 0, "Replica slots on each rank (2)", 3},
     {"balance", KEY_BALANCE, "0|1|both", 0, "Masters only, with replicas, or one after the other (both)", 3},
-    {"align", KEY_ALIGN, "ROWS", 0, "Segments start at multiples of this (1)", 3},
-    {"domain", KEY_DOMAIN, "D", 0, "Replicas stay among D consecutive ranks (all)", 3},
-    {"tolerance", KEY_TOLERANCE, "X", 0, "Balance to mean * (1 + X) and no further (0)", 3},
-    {"mode", KEY_MODE, "auto|direct|once", 0,
-     "Dispatch: every row straight to its place, or once a rank (auto)", 3},
-    {"combine", KEY_COMBINE, "exact|partial", 0,
-     "Combine: from single rows, or from sums made at each rank (exact)", 3},
-    {"timeout", KEY_TIMEOUT, "MS", 0, "How long a rank waits for another (30000)", 3},
     {"expert-bytes", KEY_EXPERT_BYTES, "BYTES", 0,
      "Weights of an expert that go to its replicas, 0: none (64K; -B cuda: 0)", 3},
     {"gate-bytes", KEY_GATE_BYTES, "BYTES", 0,
      "Weights of an expert as the cost gate sees it, 0: no gate (0)", 3},
-    {"ctas", KEY_CTAS, "N", 0, "Most SMs a rank's kernel uses, 0: the library's choice (0)", 4},
     {"graph", KEY_GRAPH, "0|1", 0, "Capture the calls of each phase in a CUDA graph and launch that (0)", 4},
     {"baseline", KEY_BASELINE, "none|nccl", 0, "Also move the same rows with ncclSend and ncclRecv (none)",
      4},
@@ -229,6 +183,11 @@ static int bench_own_option_apply(int key, const char *text, benchOptions_t *opt
   }
 }
 
+int benchOptionApply(int key, const char *text, benchOptions_t *options, perfError_t *error) {
+  int status = bench_common_option_apply(key, text, options, error);
+  return status > 0 ? bench_own_option_apply(key, text, options, error) : status;
+}
+
 /* Where the ranks are, and what follows from that. */
 static int bench_backend_finish(benchOptions_t *options, perfError_t *error) {
   bool host = options->backend == BENCH_BACKEND_HOST;
@@ -253,8 +212,7 @@ static int bench_backend_finish(benchOptions_t *options, perfError_t *error) {
   return 0;
 }
 
-/* Sets what was left out and refuses what does not go together. */
-static int bench_options_finish(benchOptions_t *options, perfError_t *error) {
+int benchOptionsFinish(benchOptions_t *options, perfError_t *error) {
   if (bench_backend_finish(options, error) != 0) return -1;
   bool traced = options->tracePath != NULL, routed = options->routingPath != NULL;
   if (traced + routed + (options->skew > 0) > 1) {
@@ -294,33 +252,36 @@ static error_t bench_option_parse(int key, char *text, struct argp_state *state)
   perfError_t error;
   if (key == ARGP_KEY_ARG) argp_error(state, "unexpected argument '%s'", text);
   if (key == ARGP_KEY_END) {
-    if (bench_options_finish(options, &error) != 0) argp_error(state, "%s", error.text);
+    if (benchOptionsFinish(options, &error) != 0) argp_error(state, "%s", error.text);
     return 0;
   }
-  int status = bench_common_option_apply(key, text, options, &error);
-  if (status > 0) status = bench_own_option_apply(key, text, options, &error);
+  int status = benchOptionApply(key, text, options, &error);
   if (status < 0) argp_error(state, "%s", error.text);
   return status > 0 ? ARGP_ERR_UNKNOWN : 0;
 }
 
+benchOptions_t benchOptionsDefault(void) {
+  return (benchOptions_t){.minBytes = -1,
+                          .maxBytes = -1,
+                          .stepFactor = 2,
+                          .iters = 20,
+                          .warmupIters = 1,
+                          .check = 1,
+                          .dataType = ULTRAEP_BFLOAT16,
+                          .nTokens = -1,
+                          .hidden = 4096,
+                          .layer = -1,
+                          .seed = 1,
+                          .nSlots = 2,
+                          .alignment = 1,
+                          .balance = BENCH_BALANCE_BOTH,
+                          .timeoutMs = 30000,
+                          .expertBytes = -1};
+}
+
 void benchOptionsParse(benchOptions_t *options, int argc, char **argv) {
   static const struct argp parser = {benchOptionTable, bench_option_parse, NULL, benchDoc, NULL, NULL, NULL};
-  *options = (benchOptions_t){.minBytes = -1,
-                              .maxBytes = -1,
-                              .stepFactor = 2,
-                              .iters = 20,
-                              .warmupIters = 1,
-                              .check = 1,
-                              .dataType = ULTRAEP_BFLOAT16,
-                              .nTokens = -1,
-                              .hidden = 4096,
-                              .layer = -1,
-                              .seed = 1,
-                              .nSlots = 2,
-                              .alignment = 1,
-                              .balance = BENCH_BALANCE_BOTH,
-                              .timeoutMs = 30000,
-                              .expertBytes = -1};
+  *options = benchOptionsDefault();
   argp_err_exit_status = PERF_EXIT_USAGE;
   if (argp_parse(&parser, argc, argv, 0, NULL, options) != 0) exit(PERF_EXIT_USAGE);
 }

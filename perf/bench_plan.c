@@ -100,6 +100,26 @@ int benchPlanMake(benchRun_t *run, perfError_t *error) {
   return status;
 }
 
+int benchPlanGate(const benchRun_t *run, gateFigures_t *gate, perfError_t *error) {
+  const ultraepPlannerConfig_t *planner = &run->ranks[0].planner;
+  size_t bytes = 0;
+  ultraepPlan_t plan;
+  int status = -1;
+  if (!run->balance || planner->copyPs == 0) return 0;
+  if (ultraepPlannerWorkspaceSize(planner, &bytes) != ultraepSuccess)
+    return perfErrorSet(error, "planner: %.300s", ultraepPlannerConfigError(planner));
+  void *workspace = benchAllocate(1, bytes);
+  int32_t *loads = bench_loads_make(run->workload);
+  if (workspace == NULL || loads == NULL) {
+    perfErrorSet(error, "no memory for a plan of %zu bytes", bytes);
+  } else {
+    status = gateFind(planner, loads, workspace, bytes, &plan, gate, error);
+  }
+  free(loads);
+  free(workspace);
+  return status;
+}
+
 int benchPlanWrite(const benchRun_t *run, const char *path, perfError_t *error) {
   int32_t nRanks = run->workload->nRanks;
   FILE *file = fopen(path, "w");

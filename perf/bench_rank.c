@@ -203,6 +203,7 @@ static int bench_results_read(benchRank_t *rank) {
   }
   BENCH_CALL(rank, ultraepGroupCounters(rank->group, &rank->counters));
   BENCH_CALL(rank, ultraepGroupProperties(rank->group, &rank->properties));
+  BENCH_CALL(rank, ultraepGroupPlanner(rank->group, &rank->planner));
   if (rank->run->ops->memoryUsed != NULL) rank->gpuBytes = rank->run->ops->memoryUsed(rank);
   return 0;
 }
@@ -232,9 +233,9 @@ static bool bench_gate_pass(benchRun_t *run) {
 }
 
 /* Each step begins when all ranks have ended the one before. */
-static void bench_rank_work(benchRank_t *rank) {
+void benchRankWork(benchRank_t *rank) {
   benchRun_t *run = rank->run;
-  if (run->ops->rankOpen(rank) == 0) (void)benchRankAllocate(rank);
+  (void)benchRankAllocate(rank);
   if (!benchRankSync(rank)) return;
   (void)benchRankOpenGroup(rank);
   if (!benchRankSync(rank)) return;
@@ -256,12 +257,14 @@ static bool bench_group_close(benchRank_t *rank) {
 
 void *benchRankMain(void *argument) {
   benchRank_t *rank = argument;
-  if (!bench_gate_pass(rank->run)) return NULL;
-  bench_rank_work(rank);
+  benchRun_t *run = rank->run;
+  if (!bench_gate_pass(run)) return NULL;
+  (void)run->ops->rankOpen(rank); /* a failure is recorded */
+  if (benchRankSync(rank)) run->work(rank);
   bool on = bench_group_close(rank);
-  if (on && rank->run->options->baseline != BENCH_BASELINE_NONE) (void)bench_baseline_run(rank);
+  if (on && run->options->baseline != BENCH_BASELINE_NONE) (void)bench_baseline_run(rank);
   benchRankSync(rank);
-  benchRankRelease(rank);
-  rank->run->ops->rankClose(rank);
+  run->release(rank);
+  run->ops->rankClose(rank);
   return NULL;
 }

@@ -31,19 +31,6 @@ struct benchReport {
 
 /* ---- header ---- */
 
-static void bench_traffic_print(const benchOptions_t *options) {
-  if (options->tracePath != NULL) {
-    printf("# traffic: load trace %s, top-%d", options->tracePath, options->topK);
-  } else if (options->routingPath != NULL) {
-    printf("# traffic: routing trace %s", options->routingPath);
-  } else {
-    printf("# traffic: zipf, imbalance %g, top-%d of %d experts, seed %lld", options->skew, options->topK,
-           options->nExperts, (long long)options->seed);
-  }
-  if (options->nTokens >= 0) printf(", %d tokens a rank", options->nTokens);
-  printf("\n");
-}
-
 static void bench_host_print(const benchOptions_t *options) {
   char host[128] = "";
   gethostname(host, sizeof(host) - 1);
@@ -113,7 +100,12 @@ static void bench_header_print(const benchOptions_t *options, const benchMachine
   printf("# hidden %d, slots %d, domain %d, align %d, tolerance %g, dispatch %s, combine %s\n",
          options->hidden, options->nSlots, options->nDomainRanks, options->alignment, options->tolerance,
          benchDispatchModes[options->dispatchMode], benchCombineModes[options->combineMode]);
-  bench_traffic_print(options);
+  if (options->gateBytes == 0) {
+    printf("# cost gate: off (--gate-bytes 0)\n");
+  } else {
+    printf("# cost gate: %.2f MB an expert, rates by the library\n", 1e-6 * (double)options->gateBytes);
+  }
+  benchTrafficPrint(options);
   if (machine->nDevices > 0) {
     bench_gpus_print(options, machine);
   } else {
@@ -221,6 +213,7 @@ int benchReportLine(benchReport_t *report, const workload_t *workload, bool bala
   }
   if (report->machine->nDevices > 0) bench_gpu_line_print(report, result);
   printf("  %s\n", workload->label);
+  gatePrint(&result->gate);
   fflush(stdout);
   bench_sums_add(&report->sums[balance], report->machine, result, bus);
   if (result->windowBytes > report->windowBytes) report->windowBytes = result->windowBytes;

@@ -2,6 +2,7 @@
 
 #include "bench_job.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,7 +14,7 @@ void *benchAllocate(size_t count, size_t bytes) {
 
 /* ---- shapes ---- */
 
-static void bench_shapes_set(benchRun_t *run) {
+void benchShapesSet(benchRun_t *run) {
   const benchOptions_t *options = run->options;
   const workload_t *workload = run->workload;
   int32_t segments = workload->nExperts / workload->nRanks + options->nSlots;
@@ -155,7 +156,8 @@ static int bench_result_make(benchRun_t *run, benchResult_t *result, perfError_t
   benchJobSum(received, nRanks);
   bench_result_set(run, received, result);
   free(received);
-  return 0;
+  bool weighed = benchPlanGate(run, &result->gate, error) == 0;
+  return benchJobAny(!weighed) ? -1 : 0;
 }
 
 /* ---- threads ---- */
@@ -218,7 +220,7 @@ static int bench_memory_allocate(benchRun_t *run, perfError_t *error) {
 /* What this process alone can see before the ranks meet. */
 static int bench_run_prepare(benchRun_t *run, perfError_t *error) {
   const benchOptions_t *options = run->options;
-  bench_shapes_set(run);
+  benchShapesSet(run);
   bench_verify_set(run);
   if (benchJob.nProcesses > 1 && options->check && run->workload->repeats)
     return perfErrorSet(
@@ -233,18 +235,6 @@ static int bench_run_prepare(benchRun_t *run, perfError_t *error) {
     return -1;
   if (bench_memory_check(run, error) != 0) return -1;
   return bench_memory_allocate(run, error);
-}
-
-/* With all processes ready. */
-static int bench_run_meet(benchRun_t *run, benchResult_t *result, perfError_t *error) {
-  bool opened = run->ops->runOpen(run, error) == 0;
-  int status = -1;
-  if (!benchJobAny(!opened)) {
-    status = bench_threads_run(run, error);
-    if (status == 0) status = bench_result_make(run, result, error);
-  }
-  if (opened) run->ops->runClose(run);
-  return status;
 }
 
 static int bench_locks_make(benchRun_t *run, perfError_t *error) {
@@ -279,13 +269,32 @@ static void bench_locks_destroy(benchRun_t *run) {
   verifyDestroy(&run->verify);
 }
 
+/* With all processes ready. */
+static int bench_run_meet(benchRun_t *run, perfError_t *error) {
+  bool opened = run->ops->runOpen(run, error) == 0;
+  int status = benchJobAny(!opened) ? -1 : bench_threads_run(run, error);
+  if (opened) run->ops->runClose(run);
+  return status;
+}
+
+int benchRanksRun(benchRun_t *run, bool ready, perfError_t *error) {
+  bool locked = ready && bench_locks_make(run, error) == 0;
+  int status = benchJobAny(!locked) || !locked ? -1 : bench_run_meet(run, error);
+  if (locked) bench_locks_destroy(run);
+  return status;
+}
+
 int benchRun(const benchOps_t *ops, const benchOptions_t *options, const workload_t *workload, bool balance,
              benchResult_t *result, perfError_t *error) {
-  benchRun_t run = {.ops = ops, .options = options, .workload = workload, .balance = balance};
+  benchRun_t run = {.ops = ops,
+                    .options = options,
+                    .workload = workload,
+                    .balance = balance,
+                    .work = benchRankWork,
+                    .release = benchRankRelease};
   error->text[0] = '\0';
-  bool locked = bench_run_prepare(&run, error) == 0 && bench_locks_make(&run, error) == 0;
-  int status = benchJobAny(!locked) || !locked ? -1 : bench_run_meet(&run, result, error);
-  if (locked) bench_locks_destroy(&run);
+  int status = benchRanksRun(&run, bench_run_prepare(&run, error) == 0, error);
+  if (status == 0) status = bench_result_make(&run, result, error);
   bench_memory_free(&run);
   return status;
 }
@@ -298,4 +307,16 @@ int benchMachineOpen(const benchOps_t *ops, const benchOptions_t *options, bench
 
 void benchMachineClose(const benchOps_t *ops) {
   ops->close();
+}
+
+int benchEnd(const char *program, const benchOps_t *ops, int status, bool wrong, const perfError_t *error) {
+  /* After a failure a communicator may wait for a rank that is gone; the end of the process frees it. */
+  if (status == 0) benchMachineClose(ops);
+  if (status != 0) {
+    fflush(stdout);
+    /* A process that stopped because of another one has nothing to add. */
+    if (error->text[0] != '\0') fprintf(stderr, "%s: %s\n", program, error->text);
+  }
+  benchJobClose(status != 0 && error->text[0] != '\0');
+  return status == 0 && !wrong ? PERF_EXIT_OK : PERF_EXIT_FAILED;
 }

@@ -50,6 +50,7 @@ typedef struct {
   int64_t gpuBytes; /* of the rank's GPU, 0 where another rank counts it */
   ultraepCounters_t counters;
   ultraepGroupProperties_t properties;
+  ultraepPlannerConfig_t planner; /* what the group asked it */
 } benchRank_t;
 
 /* One call of a phase; 0, or -1 and the failure recorded. */
@@ -92,6 +93,9 @@ struct benchRun {
   const benchOptions_t *options;
   const workload_t *workload;
   bool balance;
+  /* What a rank's thread does between the making of its device and the end of its group; frees its memory. */
+  void (*work)(benchRank_t *rank);
+  void (*release)(benchRank_t *rank);
   rowShape_t shape, combineShape;
   size_t scaleBytes;
   int64_t maxRows;  /* a rank's room */
@@ -114,8 +118,15 @@ struct benchRun {
   perfError_t error;
 };
 
+/* Sets which ranks are here, shapes, and the room that a rank needs at most. */
+void benchShapesSet(benchRun_t *run);
+/* Runs all ranks of this process to their end. ready: false where this process cannot; then all processes
+ * stop. Fails on all processes alike. */
+int benchRanksRun(benchRun_t *run, bool ready, perfError_t *error);
 /* The thread of one rank; argument is its benchRank_t. */
 void *benchRankMain(void *argument);
+/* What ultraep_perf's ranks do. */
+void benchRankWork(benchRank_t *rank);
 /* count items of bytes each, aligned to 64 and never null for 0 bytes. */
 void *benchAllocate(size_t count, size_t bytes);
 
@@ -136,6 +147,8 @@ bool benchRankSync(const benchRank_t *rank);
 /* ---- bench_setup.c ---- */
 /* The rank's own memory, not collective. */
 int benchRankAllocate(benchRank_t *rank);
+/* The config of the run's group. */
+ultraepConfig_t benchConfigMake(const benchRun_t *run);
 /* Group, route and symmetric memory. Collective. */
 int benchRankOpenGroup(benchRank_t *rank);
 /* Both kinds of memory; after the group is destroyed. */
@@ -161,6 +174,8 @@ int benchExpertsApply(benchRank_t *rank);
 /* ---- bench_plan.c ---- */
 /* Sets run->pairRows and, where that is less, run->maxRows, from the plan that the library will make. */
 int benchPlanMake(benchRun_t *run, perfError_t *error);
+/* Sets *gate where the group had a cost gate: what it weighed for the workload. */
+int benchPlanGate(const benchRun_t *run, gateFigures_t *gate, perfError_t *error);
 /* Writes the bytes of a dispatch from rank to rank as nccl-tests' alltoallv_perf reads them. */
 int benchPlanWrite(const benchRun_t *run, const char *path, perfError_t *error);
 

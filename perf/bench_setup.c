@@ -82,7 +82,7 @@ int benchRankAllocate(benchRank_t *rank) {
 
 /* ---- the group ---- */
 
-static ultraepConfig_t bench_config_make(const benchRun_t *run) {
+ultraepConfig_t benchConfigMake(const benchRun_t *run) {
   const benchOptions_t *options = run->options;
   ultraepConfig_t config = ULTRAEP_CONFIG_INITIALIZER;
   config.nExperts = run->workload->nExperts;
@@ -129,7 +129,7 @@ static int bench_experts_register(benchRank_t *rank) {
 
 int benchRankOpenGroup(benchRank_t *rank) {
   benchRun_t *run = rank->run;
-  ultraepConfig_t config = bench_config_make(run);
+  ultraepConfig_t config = benchConfigMake(run);
   size_t maxRows = (size_t)run->maxRows;
   bool check = run->options->check != 0;
   ultraepResult_t created = run->ops->groupCreate(rank, &config);

@@ -24,6 +24,7 @@ typedef struct {
   size_t workspaceBytes;
   double *seconds;   /* [repeat] */
   int64_t *realised; /* [R] */
+  int32_t *source;   /* [R*S + 1] of the relay */
 } planWork_t;
 
 static int plan_loads_allocate(planSource_t *source, int32_t nRanks, int32_t nExperts, perfError_t *error) {
@@ -84,10 +85,8 @@ static int plan_work_open(planWork_t *work, const planOptions_t *options, int32_
                                           .nExperts = nExperts,
                                           .nSlots = options->nSlots,
                                           .nDomainRanks = options->nDomainRanks,
-                                          .tolerancePpm = (uint32_t)(options->tolerance * 1e6 + 0.5),
-                                          .rowPs = (uint32_t)options->rowPs,
-                                          .copyPs = (uint64_t)options->copyPs,
-                                          .relayCopies = options->relayCopies};
+                                          .tolerancePpm = (uint32_t)(options->tolerance * 1e6 + 0.5)};
+  planCostRates(options, &work->config);
   ultraepResult_t result = ultraepPlannerWorkspaceSize(&work->config, &work->workspaceBytes);
   if (result != ultraepSuccess) {
     return perfErrorSet(error, "planner: %s: %s", ultraepGetErrorString(result),
@@ -96,7 +95,8 @@ static int plan_work_open(planWork_t *work, const planOptions_t *options, int32_
   work->workspace = aligned_alloc(64, (work->workspaceBytes + 63) / 64 * 64);
   work->seconds = calloc((size_t)options->repeat, sizeof(work->seconds[0]));
   work->realised = calloc((size_t)options->nRanks, sizeof(work->realised[0]));
-  if (work->workspace == NULL || work->seconds == NULL || work->realised == NULL) {
+  work->source = calloc((size_t)options->nRanks * (size_t)options->nSlots + 1, sizeof(work->source[0]));
+  if (work->workspace == NULL || work->seconds == NULL || work->realised == NULL || work->source == NULL) {
     return perfErrorSet(error, "no memory for a workspace of %zu bytes", work->workspaceBytes);
   }
   /* The first touch of its pages is not the planner's cost. */
@@ -108,24 +108,33 @@ static void plan_work_close(planWork_t *work) {
   free(work->workspace);
   free(work->seconds);
   free(work->realised);
+  free(work->source);
 }
 
-static int plan_record_run(planWork_t *work, const planOptions_t *options, const int32_t *loads,
-                           ultraepPlan_t *plan, planFigures_t *figures, perfError_t *error) {
+/* Plans with the clock running; what the gate weighed comes first, for it plans in the same workspace. */
+static int plan_record_plan(planWork_t *work, const planOptions_t *options, const int32_t *loads,
+                            ultraepPlan_t *plan, planFigures_t *figures, perfError_t *error) {
   ultraepResult_t result = ultraepSuccess;
+  if (options->gate != PLAN_GATE_OFF && gateFind(&work->config, loads, work->workspace, work->workspaceBytes,
+                                                 plan, &figures->cost.gate, error) != 0)
+    return -1;
   for (int32_t i = 0; i < options->repeat && result == ultraepSuccess; i++) {
     double start = perfSeconds();
     result = ultraepPlannerRun(&work->config, loads, work->workspace, work->workspaceBytes, plan);
     work->seconds[i] = perfSeconds() - start;
   }
-  if (result != ultraepSuccess) {
-    return perfErrorSet(error, "step %lld, layer %lld, microbatch %lld: planner: %s",
-                        (long long)figures->step, (long long)figures->layer, (long long)figures->microbatch,
-                        ultraepGetErrorString(result));
+  if (result == ultraepSuccess) result = ultraepPlanRealised(plan, loads, work->realised);
+  if (result != ultraepSuccess) return perfErrorSet(error, "planner: %s", ultraepGetErrorString(result));
+  return options->cost ? planCostCopies(options, plan, work->source, &figures->cost, error) : 0;
+}
+
+static int plan_record_run(planWork_t *work, const planOptions_t *options, const int32_t *loads,
+                           ultraepPlan_t *plan, planFigures_t *figures, perfError_t *error) {
+  if (plan_record_plan(work, options, loads, plan, figures, error) != 0) {
+    perfError_t inner = *error;
+    return perfErrorSet(error, "step %lld, layer %lld, microbatch %lld: %.300s", (long long)figures->step,
+                        (long long)figures->layer, (long long)figures->microbatch, inner.text);
   }
-  result = ultraepPlanRealised(plan, loads, work->realised);
-  if (result != ultraepSuccess)
-    return perfErrorSet(error, "realised loads: %s", ultraepGetErrorString(result));
   double mean = (double)plan->total / plan->nRanks;
   figures->planUs = 1e6 * perfMedian(work->seconds, options->repeat);
   figures->before = plan->total == 0 ? 1 : (double)plan->maxBefore / mean;

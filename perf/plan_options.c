@@ -8,6 +8,13 @@
 
 enum {
   KEY_COST = 0x100,
+  KEY_GATE,
+  KEY_EXPERT_BYTES,
+  KEY_LINK,
+  KEY_ROW_NS,
+  KEY_TFLOPS,
+  KEY_TILE,
+  KEY_HOP,
   KEY_ZIPF,
   KEY_EXPERTS,
   KEY_TOPK,
@@ -40,10 +47,17 @@ static const char planDoc[] =
     "--zipf makes traffic instead: expert l of rank r has weight (r+1)^-a * (l+1)^-4, with a such that the "
     "expected "
     "imbalance is RATIO.\n\n"
+    "--cost says how long the weights of a plan's replicas take over links of given rates: direct, each "
+    "master "
+    "sending every copy itself, and relay, replicas passing tiles on along chains; with the busiest sender "
+    "and "
+    "receiver, the longest chain, and what the busiest link alone takes. --gate plans as the cost gate does, "
+    "which weighs the rows of the busiest rank against copies over the busiest link, and says why.\n\n"
     "--json writes an object a line: step, layer, microbatch, before, planned, realised, bound, replicas, "
     "fanout, "
-    "rank_in, plan_us, instances [[expert, rank, quota], ..], masters included; the last line is "
-    "{\"summary\": ..}. "
+    "rank_in, plan_us, instances [[expert, rank, quota], ..], masters included; with --gate "
+    "gate {kept, all, none_rows_us, gated, full, text, ..}, with --cost copies [{gbps, direct {us, sends, "
+    "..}, relay {us, ..}}, ..]; the last line is {\"summary\": ..}. "
     "With --json - stdout carries nothing else.\n\n"
     "Exit status: 0; 1 where a file or a record is at fault; 2 where the options are.";
 
@@ -61,37 +75,64 @@ static const struct argp_option planOptionTable[] = {
     {"slots", 's', "S", 0, "Replica slots on each rank, required", 3},
     {"domain", 'd', "D", 0, "Replicas stay among D consecutive ranks (all)", 3},
     {"tolerance", 'x', "X", 0, "Balance to mean * (1 + X) and no further (0)", 3},
-    {"cost", KEY_COST, "ROW_NS,COPY_US[,relay]", 0,
-     "Cost gate: nanoseconds an assignment costs its rank, microseconds an expert's weights take over a "
-     "link; relay: "
-     "replicas pass weights on. Plans fewer replicas where copies cost more than they save (off)",
-     3},
-    {"repeat", KEY_REPEAT, "N", 0, "Plan each record N times (5)", 4},
-    {"json", 'J', "FILE", 0, "Write JSON lines to FILE, - for stdout", 4},
+    {"gate", KEY_GATE, "relay|direct", OPTION_ARG_OPTIONAL,
+     "Plan with the cost gate: fewer replicas where copies cost more than they save; copies as relayed or as "
+     "sent by masters (off; relay)",
+     4},
+    {"cost", KEY_COST, NULL, 0, "Critical path of the weights' copies", 4},
+    {"link", KEY_LINK, "GBS[,..]", 0, "GB/s of a rank's link, the gate's first (450,712,900)", 4},
+    {"expert-bytes", KEY_EXPERT_BYTES, "BYTES", 0, "Weights of an expert, K M G allowed (36M)", 4},
+    {"row-ns", KEY_ROW_NS, "NS", 0, "gate: what an assignment costs its rank (from --tflops)", 4},
+    {"tflops", KEY_TFLOPS, "T", 0, "gate: the rate of experts, one flop a byte of weights (600)", 4},
+    {"tile", KEY_TILE, "BYTES", 0, "cost: what a relay passes on in one go (16K)", 4},
+    {"hop-us", KEY_HOP, "US", 0, "cost: from a tile's arrival to its use (2)", 4},
+    {"repeat", KEY_REPEAT, "N", 0, "Plan each record N times (5)", 5},
+    {"json", 'J', "FILE", 0, "Write JSON lines to FILE, - for stdout", 5},
     {"chart", KEY_CHART, "WHEN", 0,
-     "Bar chart of the most skewed record: auto (on a terminal), always, never", 4},
+     "Bar chart of the most skewed record: auto (on a terminal), always, never", 5},
     {0}};
 
-static int plan_cost_parse(const char *text, planOptions_t *options, perfError_t *error) {
-  char copy[128];
-  if (strlen(text) >= sizeof(copy)) return perfErrorSet(error, "--cost: too long");
+static int plan_links_parse(const char *text, planOptions_t *options, perfError_t *error) {
+  char copy[256];
+  if (strlen(text) >= sizeof(copy)) return perfErrorSet(error, "--link: too long");
   memcpy(copy, text, strlen(text) + 1);
-  char *copyText = strchr(copy, ',');
-  if (copyText == NULL) return perfErrorSet(error, "--cost: '%s' is not ROW_NS,COPY_US[,relay]", text);
-  *copyText++ = '\0';
-  char *relay = strchr(copyText, ',');
-  if (relay != NULL) *relay++ = '\0';
-  if (relay != NULL && strcmp(relay, "relay") != 0) {
-    return perfErrorSet(error, "--cost: '%s' where only 'relay' may stand", relay);
+  char *at = copy;
+  for (options->nLinks = 0; at != NULL; options->nLinks++) {
+    char *comma = strchr(at, ',');
+    if (comma != NULL) *comma++ = '\0';
+    if (options->nLinks == PLAN_MAX_LINKS) return perfErrorSet(error, "--link: more than %d", PLAN_MAX_LINKS);
+    if (optionDouble("--link", at, 1e-3, 1e9, &options->linkGbps[options->nLinks], error) != 0) return -1;
+    at = comma;
   }
-  double rowNs = 0, copyUs = 0;
-  if (optionDouble("--cost ROW_NS", copy, 0, ULTRAEP_MAX_ROW_PS / 1e3, &rowNs, error) != 0) return -1;
-  if (optionDouble("--cost COPY_US", copyText, 0, (double)ULTRAEP_MAX_COPY_PS / 1e6, &copyUs, error) != 0)
-    return -1;
-  options->rowPs = (int64_t)(rowNs * 1e3 + 0.5);
-  options->copyPs = (int64_t)(copyUs * 1e6 + 0.5);
-  options->relayCopies = relay != NULL;
   return 0;
+}
+
+/* Options on what rows and copies cost; 1: not one of these. */
+static int plan_cost_option_apply(int key, const char *text, planOptions_t *options, perfError_t *error) {
+  static const char *const gateNames[] = {"off", "direct", "relay"};
+  switch (key) {
+  case KEY_COST:
+    options->cost = true;
+    return 0;
+  case KEY_GATE:
+    if (text != NULL) return optionName("--gate", text, gateNames, 3, &options->gate, error);
+    options->gate = PLAN_GATE_RELAY;
+    return 0;
+  case KEY_LINK:
+    return plan_links_parse(text, options, error);
+  case KEY_EXPERT_BYTES:
+    return optionBytes("--expert-bytes", text, 1, INT64_C(1) << 40, &options->expertBytes, error);
+  case KEY_ROW_NS:
+    return optionDouble("--row-ns", text, 1e-3, ULTRAEP_MAX_ROW_PS / 1e3, &options->rowNs, error);
+  case KEY_TFLOPS:
+    return optionDouble("--tflops", text, 1e-3, 1e9, &options->tflops, error);
+  case KEY_TILE:
+    return optionBytes("--tile", text, 1, INT64_C(1) << 40, &options->tileBytes, error);
+  case KEY_HOP:
+    return optionDouble("--hop-us", text, 0, 1e6, &options->hopUs, error);
+  default:
+    return 1;
+  }
 }
 
 static int plan_option_apply(int key, const char *text, planOptions_t *options, perfError_t *error) {
@@ -111,8 +152,6 @@ static int plan_option_apply(int key, const char *text, planOptions_t *options, 
   case 'J':
     options->jsonPath = text;
     return 0;
-  case KEY_COST:
-    return plan_cost_parse(text, options, error);
   case KEY_ZIPF:
     return optionDouble("--zipf", text, 1, ULTRAEP_MAX_RANKS, &options->zipfRatio, error);
   case KEY_EXPERTS:
@@ -152,7 +191,8 @@ static int plan_options_check(const planOptions_t *options, perfError_t *error) 
     return perfErrorSet(error, "--experts: %d is no multiple of %d ranks", options->nExperts,
                         options->nRanks);
   }
-  return 0;
+  const char *fault = planCostFault(options);
+  return fault == NULL ? 0 : perfErrorSet(error, "%s", fault);
 }
 
 static error_t plan_option_parse(int key, char *text, struct argp_state *state) {
@@ -164,6 +204,7 @@ static error_t plan_option_parse(int key, char *text, struct argp_state *state) 
     return 0;
   }
   int status = plan_option_apply(key, text, options, &error);
+  if (status > 0) status = plan_cost_option_apply(key, text, options, &error);
   if (status < 0) argp_error(state, "%s", error.text);
   return status > 0 ? ARGP_ERR_UNKNOWN : 0;
 }
@@ -178,6 +219,12 @@ void planOptionsParse(planOptions_t *options, int argc, char **argv) {
                              .seed = 1,
                              .layer = -1,
                              .repeat = 5,
+                             .nLinks = 3,
+                             .linkGbps = {450, 712, 900},
+                             .expertBytes = 36 << 20,
+                             .tflops = 600,
+                             .tileBytes = 16 << 10,
+                             .hopUs = 2,
                              .chart = PLAN_CHART_AUTO};
   argp_err_exit_status = PERF_EXIT_USAGE;
   if (argp_parse(&parser, argc, argv, 0, NULL, options) != 0) exit(PERF_EXIT_USAGE);

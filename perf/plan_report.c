@@ -24,27 +24,24 @@ struct planReport {
   int64_t nRecords;
   planFigures_t sum;
   planFigures_t worst; /* maxima */
+  planCostSums_t cost;
   planShown_t shown;
 };
 
 /* ---- table ---- */
 
 static void plan_table_open(const planOptions_t *options) {
-  printf("# ultraep_plan: %d ranks, %d slots a rank, domain %d, tolerance %g, cost gate ", options->nRanks,
-         options->nSlots, options->nDomainRanks == 0 ? options->nRanks : options->nDomainRanks,
-         options->tolerance);
-  if (options->copyPs == 0) {
-    printf("off\n");
-  } else {
-    printf("%g ns a row, %g us a copy%s\n", (double)options->rowPs / 1e3, (double)options->copyPs / 1e6,
-           options->relayCopies ? ", relayed" : "");
-  }
+  printf("# ultraep_plan: %d ranks, %d slots a rank, domain %d, tolerance %g, cost gate %s\n",
+         options->nRanks, options->nSlots,
+         options->nDomainRanks == 0 ? options->nRanks : options->nDomainRanks, options->tolerance,
+         options->gate == PLAN_GATE_OFF ? "off" : "on");
   if (options->tracePath != NULL) {
     printf("# %s\n", options->tracePath);
   } else {
     printf("# zipf: ratio %g, %d experts, top-%d, %d tokens a rank, seed %lld\n", options->zipfRatio,
            options->nExperts, options->topK, options->nTokens, (long long)options->seed);
   }
+  planCostHeaderPrint(options);
   printf("#\n#%9s %6s %5s  %8s %8s %8s %8s %7s  %8s %6s %6s  %6s %9s\n", "step", "layer", "micro", "before",
          "planned", "realised", "bound", "gap", "replicas", "fanout", "rankin", "local", "plan");
   printf("#%9s %6s %5s  %8s %8s %8s %8s %7s  %8s %6s %6s  %6s %9s\n", "", "", "batch", "max/mean", "max/mean",
@@ -74,6 +71,20 @@ static int plan_json_write(planReport_t *report, json_t *object, perfError_t *er
   return status;
 }
 
+/* Puts into target, which is object or in it, what was asked for of gate and copies, and writes the object.
+ * Takes over object, gate and copies. */
+static int plan_json_finish(planReport_t *report, json_t *object, json_t *target, json_t *gate,
+                            json_t *copies, perfError_t *error) {
+  bool whole = object != NULL;
+  if (report->options->gate != PLAN_GATE_OFF) whole = whole && json_object_set(target, "gate", gate) == 0;
+  if (report->options->cost) whole = whole && json_object_set(target, "copies", copies) == 0;
+  json_decref(gate);
+  json_decref(copies);
+  if (whole) return plan_json_write(report, object, error);
+  json_decref(object);
+  return perfErrorSet(error, "no memory for a line of JSON");
+}
+
 static json_t *plan_json_instances(const ultraepPlan_t *plan) {
   json_t *array = json_array();
   for (int32_t i = 0; i < plan->nInstances; i++) {
@@ -92,7 +103,8 @@ static int plan_json_record(planReport_t *report, const planFigures_t *figures, 
       "planned", figures->planned, "realised", figures->realised, "bound", figures->bound, "replicas",
       (int)figures->replicas, "fanout", (int)figures->fanout, "rank_in", (int)figures->rankIn, "plan_us",
       figures->planUs, "local", figures->local, "instances", plan_json_instances(plan));
-  return plan_json_write(report, object, error);
+  return plan_json_finish(report, object, object, gateJson(&figures->cost.gate),
+                          planCostJson(report->options, &figures->cost), error);
 }
 
 static json_t *plan_json_figures(const planFigures_t *figures, double count) {
@@ -108,7 +120,10 @@ static int plan_json_summary(planReport_t *report, perfError_t *error) {
                              "ranks", (int)report->options->nRanks, "slots", (int)report->options->nSlots,
                              "mean", plan_json_figures(&report->sum, (double)report->nRecords), "worst",
                              plan_json_figures(&report->worst, 1));
-  return plan_json_write(report, object, error);
+  json_t *gate =
+      json_pack("{s:I,s:I}", "kept", (json_int_t)report->cost.kept, "all", (json_int_t)report->cost.all);
+  return plan_json_finish(report, object, json_object_get(object, "summary"), gate,
+                          planCostSumsJson(report->options, &report->cost), error);
 }
 
 /* ---- chart ---- */
@@ -190,6 +205,7 @@ static void plan_report_accumulate(planReport_t *report, const planFigures_t *fi
   /* The worst share of local assignments is the least. */
   if (report->nRecords == 0 || figures->local < report->worst.local) report->worst.local = figures->local;
   report->nRecords++;
+  planCostAdd(report->options, &figures->cost, &report->cost);
 }
 
 int planReportRecord(planReport_t *report, const planFigures_t *figures, const ultraepPlan_t *plan,
@@ -199,6 +215,7 @@ int planReportRecord(planReport_t *report, const planFigures_t *figures, const u
     printf(" %9lld %6lld %5lld", (long long)figures->step, (long long)figures->layer,
            (long long)figures->microbatch);
     plan_table_figures_print(figures);
+    planCostPrint(report->options, &figures->cost);
   }
   if (report->json != NULL && plan_json_record(report, figures, plan, error) != 0) return -1;
   if (plan_chart_wanted(report)) return plan_chart_keep(&report->shown, figures, plan, realised, error);
@@ -217,6 +234,7 @@ static void plan_summary_print(const planReport_t *report) {
   plan_table_figures_print(&report->worst);
   printf("# %lld records: mean imbalance %.4f -> %.4f, worst %.4f -> %.4f\n", (long long)report->nRecords,
          sum->before / count, sum->realised / count, report->worst.before, report->worst.realised);
+  planCostSumsPrint(report->options, &report->cost);
 }
 
 int planReportFinish(planReport_t *report, perfError_t *error) {

@@ -282,3 +282,75 @@ free_workload:
   workloadFree(workload);
   return -1;
 }
+
+/* ---- uniform traffic ---- */
+
+typedef struct {
+  perfRandom_t random;
+  int32_t nExperts, next; /* cards[next..] are still to be dealt */
+  int32_t *cards;         /* [E] */
+} workloadDeck_t;
+
+static void workload_swap(int32_t *a, int32_t *b) {
+  int32_t kept = *a;
+  *a = *b;
+  *b = kept;
+}
+
+static void workload_deck_shuffle(workloadDeck_t *deck) {
+  for (int32_t i = deck->nExperts - 1; i > 0; i--)
+    workload_swap(&deck->cards[i], &deck->cards[perfRandomBelow(&deck->random, (uint64_t)i + 1)]);
+  deck->next = 0;
+}
+
+/* The next card that is not among held[count]; where there is none, the next. */
+static int32_t workload_deck_deal(workloadDeck_t *deck, const int32_t *held, int32_t count) {
+  if (deck->next == deck->nExperts) workload_deck_shuffle(deck);
+  for (int32_t i = deck->next; i < deck->nExperts; i++) {
+    int32_t k = 0;
+    while (k < count && held[k] != deck->cards[i]) k++;
+    if (k < count) continue;
+    workload_swap(&deck->cards[deck->next], &deck->cards[i]);
+    break;
+  }
+  return deck->cards[deck->next++];
+}
+
+static void workload_tokens_deal(workload_t *workload, const workload_t *like, int32_t rank,
+                                 workloadDeck_t *deck) {
+  int32_t topK = workload->topK;
+  for (int32_t token = 0; token < workload->nTokens[rank]; token++) {
+    const int32_t *from = like->topk[rank] + (size_t)token * (size_t)topK;
+    int32_t *to = workload->topk[rank] + (size_t)token * (size_t)topK;
+    /* Entries not dealt yet are -1, which is no card. */
+    for (int32_t k = 0; k < topK; k++) {
+      if (from[k] >= 0) to[k] = workload_deck_deal(deck, to, topK);
+    }
+  }
+}
+
+int workloadUniform(workload_t *workload, const workload_t *like, uint64_t seed, perfError_t *error) {
+  workloadDeck_t deck = {.nExperts = like->nExperts, .next = like->nExperts};
+  if (workload_init(workload, like->nRanks, like->nExperts, like->topK, error) != 0) return -1;
+  snprintf(workload->label, sizeof(workload->label), "%s", like->label);
+  deck.cards = calloc((size_t)like->nExperts, sizeof(deck.cards[0]));
+  if (deck.cards == NULL) {
+    perfErrorSet(error, "no memory for %d experts", like->nExperts);
+    goto free_workload;
+  }
+  for (int32_t e = 0; e < like->nExperts; e++) deck.cards[e] = e;
+  perfRandomSeed(&deck.random, seed, 0, (uint64_t)like->nRanks);
+  for (int32_t rank = 0; rank < like->nRanks; rank++) {
+    if (workload_rank_allocate(workload, rank, like->nTokens[rank], error) != 0) goto free_deck;
+    workload_tokens_deal(workload, like, rank, &deck);
+  }
+  if (workload_finish(workload, error) != 0) goto free_deck;
+  free(deck.cards);
+  return 0;
+
+free_deck:
+  free(deck.cards);
+free_workload:
+  workloadFree(workload);
+  return -1;
+}

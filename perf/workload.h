@@ -33,6 +33,10 @@ int workloadRecord(workload_t *workload, int32_t nRanks, int32_t nExperts, int32
  * evenly, remainders to the lower ranks. */
 int workloadRouting(workload_t *workload, const routingTrace_t *routing, int32_t nRanks, int32_t nExperts,
                     int32_t tokens, perfError_t *error);
+/* The tokens of `like` with their experts redrawn so that all ranks get the same: all entries in use, over
+ * the ranks in order, are dealt from decks of the E experts, each deck shuffled, so no two experts' loads
+ * differ by more than one. A token gets different experts wherever there are enough. */
+int workloadUniform(workload_t *workload, const workload_t *like, uint64_t seed, perfError_t *error);
 void workloadFree(workload_t *workload);
 
 #endif

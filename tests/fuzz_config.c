@@ -119,6 +119,15 @@ static void fuzz_checks(fuzzBytes_t *bytes) {
   ultraepPlannerConfig_t planner =
       config_planner(&config, nRanks, config.domainRanks ? config.domainRanks : nRanks);
   REQUIRE(ultraepPlannerConfigError(&planner)[0] == '\0');
+  ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
+  configRates_t measured = {.linkBytesPerSecond = ldexp(1, fuzz_below(bytes, 256) - 128),
+                            .weightBytesPerSecond = ldexp(1, fuzz_below(bytes, 256) - 128)};
+  experts.nWeights = 1 + fuzz_below(bytes, ULTRAEP_MAX_TENSORS);
+  experts.nGrads = fuzz_below(bytes, ULTRAEP_MAX_TENSORS + 1);
+  experts.weights[0].bytes = experts.grads[0].bytes = (size_t)1 << fuzz_below(bytes, 41);
+  config_gate(&config, &measured, &experts, &planner);
+  REQUIRE(ultraepPlannerConfigError(&planner)[0] == '\0');
+  REQUIRE((planner.copyPs > 0) == (config.expertBytes != 0));
   int64_t maxRecvRows = config_recv_rows(&config, nRanks);
   REQUIRE(maxRecvRows >= 1 && maxRecvRows <= CONFIG_MAX_RECV_ROWS);
 
@@ -167,6 +176,24 @@ static bool fuzz_loads(fuzzBytes_t *bytes, int32_t *loads, const ultraepPlannerC
   return allowed;
 }
 
+static void fuzz_cost(fuzzBytes_t *bytes, const ultraepPlannerConfig_t *config, const ultraepPlan_t *plan) {
+  ultraepLink_t link = {fuzz_limit(bytes), fuzz_limit(bytes), fuzz_limit(bytes)};
+  ultraepPlanCost_t cost;
+  ultraepCopies_t direct, relay;
+  int32_t *source = malloc(sizeof(*source) * ((size_t)plan->nReplicas + 1));
+  REQUIRE(source != NULL);
+  REQUIRE(ultraepPlanCost(config, plan, &cost) == ultraepSuccess);
+  REQUIRE(ultraepPlanRelay(plan, source) == ultraepSuccess);
+  bool good =
+      link.copyPs <= ULTRAEP_MAX_COPY_PS && link.tilePs <= link.copyPs && link.hopPs <= ULTRAEP_MAX_COPY_PS;
+  REQUIRE((ultraepPlanCopies(plan, NULL, &link, &direct) == ultraepSuccess) == good);
+  REQUIRE((ultraepPlanCopies(plan, source, &link, &relay) == ultraepSuccess) == good);
+  if (good) REQUIRE(relay.depth == plan->maxFanout && relay.maxReceives == direct.maxReceives);
+  if (plan->nReplicas > 0) source[0] = (int32_t)fuzz_number(bytes, 4); /* whatever: an error or a result */
+  ultraepPlanCopies(plan, source, &link, &relay);
+  free(source);
+}
+
 static void fuzz_planner(fuzzBytes_t *bytes) {
   static const uint32_t tolerances[] = {0, 500, 300000, ULTRAEP_MAX_TOLERANCE_PPM};
   int32_t nRanks = 1 + fuzz_below(bytes, 16);
@@ -194,6 +221,7 @@ static void fuzz_planner(fuzzBytes_t *bytes) {
   REQUIRE(result == (allowed ? ultraepSuccess : ultraepInvalidArgument));
   const char *flaw = allowed ? planner_plan_flaw(&config, loads, &plan) : NULL;
   if (flaw) fuzz_fail(__LINE__, flaw);
+  if (allowed) fuzz_cost(bytes, &config, &plan);
   free(workspace);
   free(loads);
 }

@@ -100,11 +100,14 @@ static void test_config_cost(void **state) {
   TRY(linkBytesPerSecond, INFINITY, "linkBytesPerSecond");
   TRY(rowSeconds, -1.0, "rowSeconds");
   TRY(rowSeconds, NAN, "rowSeconds");
-  TRY(expertBytes, -1, "expertBytes");
+  TRY(expertBytes, -2, "expertBytes");
+  FINE(expertBytes, ULTRAEP_EXPERT_BYTES_REGISTERED);
   TRY(expertBytes, (INT64_C(1) << 40) + 1, "expertBytes");
   TRY(expertBytes, INT64_C(1) << 40, "row"); /* more than 4.19 us a row at the default rate */
   ultraepConfig_t config = host_config();
-  config.expertBytes = 600000000; /* 1 us a row, 1.5 ms a copy */
+  config.expertBytes = 600000000; /* 1 us a row and 0.1 us to move its 20000 bytes; 1.5 ms a copy */
+  config.hidden = 10000;
+  config.dataType = ULTRAEP_BFLOAT16;
   config.tolerance = 0.0105;
   assert_code(config_check(&config, 4), ultraepSuccess);
   ultraepPlannerConfig_t planner = config_planner(&config, 4, 2);
@@ -112,8 +115,9 @@ static void test_config_cost(void **state) {
   assert_int_equal(planner.nDomainRanks, 2);
   assert_int_equal(planner.nSlots, 2);
   assert_int_equal(planner.tolerancePpm, 10500);
-  assert_int_equal(planner.rowPs, 1000000);
+  assert_int_equal(planner.rowPs, 1100000);
   assert_int_equal(planner.copyPs, 1500000000);
+  assert_int_equal(planner.relayCopies, 1);
   config.rowSeconds = 2e-9;
   config.linkBytesPerSecond = 600e9;
   config.balance = 0;
@@ -129,6 +133,106 @@ static void test_config_cost(void **state) {
   planner = config_planner(&config, 4, 4);
   assert_int_equal(planner.rowPs, 0);
   assert_int_equal(planner.copyPs, 0);
+  assert_int_equal(planner.relayCopies, 0);
+}
+
+/* What registered experts and measured rates make of the gate. */
+static void test_config_gate(void **state) {
+  (void)state;
+  ultraepConfig_t config = host_config();
+  ultraepPlannerConfig_t planner = config_planner(&config, 4, 4);
+  ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
+  experts.nWeights = 2; /* 60 MB of weights, 40 MB of which are the first tensor */
+  experts.weights[0].bytes = 40000000;
+  experts.weights[1].bytes = 20000000;
+  config.hidden = 1000; /* 4000 bytes a row */
+  config.dataType = ULTRAEP_FLOAT32;
+  config_gate(&config, NULL, &experts, &planner); /* expertBytes = 0: no gate, whatever is registered */
+  assert_true(planner.rowPs == 0 && planner.copyPs == 0 && planner.relayCopies == 0);
+  config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED;
+  assert_code(config_check(&config, 4), ultraepSuccess);
+  config_gate(&config, NULL, NULL, &planner); /* nothing registered yet */
+  assert_true(planner.rowPs == 0 && planner.copyPs == 0 && planner.relayCopies == 0);
+  config_gate(&config, NULL, &experts, &planner); /* inference, by the defaults: 600e12 and 400e9 */
+  assert_true(planner.rowPs == 100000 + 20000 && planner.copyPs == 150000000 && planner.relayCopies == 1);
+  experts.nGrads = 1; /* training: three passes, four crossings; weights twice and gradients */
+  experts.grads[0].bytes = 120000000;
+  config_gate(&config, NULL, &experts, &planner);
+  assert_true(planner.rowPs == 300000 + 40000 && planner.copyPs == 600000000);
+  configRates_t measured = {.linkBytesPerSecond = 200e9, .weightBytesPerSecond = 300e12};
+  config_gate(&config, &measured, &experts, &planner); /* measured before defaults */
+  assert_true(planner.rowPs == 600000 + 80000 && planner.copyPs == 1200000000);
+  config.linkBytesPerSecond = 100e9; /* given before measured */
+  config.rowSeconds = 5e-9;
+  config_gate(&config, &measured, &experts, &planner);
+  assert_true(planner.rowPs == 5000 && planner.copyPs == 2400000000);
+  config.expertBytes = 10000000; /* given before registered */
+  config_gate(&config, &measured, &experts, &planner);
+  assert_true(planner.rowPs == 5000 && planner.copyPs == 100000000);
+  /* Out of the planner's range, and less than a picosecond: still a gate that the planner takes. */
+  config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED;
+  config.linkBytesPerSecond = config.rowSeconds = 0;
+  measured = (configRates_t){.linkBytesPerSecond = 1e-3, .weightBytesPerSecond = 1e-3};
+  config_gate(&config, &measured, &experts, &planner);
+  assert_true(planner.rowPs == ULTRAEP_MAX_ROW_PS && planner.copyPs == ULTRAEP_MAX_COPY_PS);
+  assert_string_equal(ultraepPlannerConfigError(&planner), "");
+  measured = (configRates_t){.linkBytesPerSecond = 1e30, .weightBytesPerSecond = 1e30};
+  config_gate(&config, &measured, &experts, &planner);
+  assert_true(planner.rowPs == 1 && planner.copyPs == 1);
+}
+
+/* A group whose gate waits for the experts: all assignments to expert 0, before and after they register. */
+typedef struct {
+  double rowSeconds;
+  int nBefore, nAfter; /* replicas */
+  ultraepPlannerConfig_t before, after;
+} gate_t;
+
+static void gate_rank(hostRankArg_t *self) {
+  gate_t *x = self->arg;
+  ultraepConfig_t config = host_config();
+  ultraepGroup_t group;
+  ultraepRoute_t route;
+  ultraepPlan_t before, after;
+  ultraepPlannerConfig_t planner;
+  void *master;
+  int32_t topk[32][2];
+  memset(topk, 0, sizeof(topk));
+  config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED;
+  config.rowSeconds = x->rowSeconds;
+  config.linkBytesPerSecond = 64e6; /* 1 us for 64 bytes */
+  CHECK_OK(self, ultraepGroupCreateHost(&group, self->world, self->rank, &config));
+  CHECK_OK(self, ultraepRouteCreate(group, &route));
+  CHECK_OK(self, ultraepRouteUpdate(route, topk[0], NULL, 32, NULL));
+  CHECK_OK(self, ultraepRoutePlan(route, &before));
+  int nBefore = before.nReplicas;
+  CHECK_IS(self, ultraepGroupPlanner(group, NULL), ultraepInvalidArgument);
+  CHECK_IS(self, ultraepGroupPlanner(NULL, &planner), ultraepInvalidArgument);
+  CHECK_OK(self, ultraepGroupPlanner(group, &planner));
+  if (self->rank == 0) x->before = planner;
+  CHECK_OK(self, ultraepMemAlloc(group, &master, (size_t)(config.nExperts / self->nRanks) * 64));
+  ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
+  experts.nWeights = 1;
+  experts.weights[0] = (ultraepExpertTensor_t){.master = master, .bytes = 64};
+  for (int layer = 0; layer < 2; layer++) CHECK_OK(self, ultraepExpertsRegister(group, layer, &experts));
+  CHECK_OK(self, ultraepRouteUpdate(route, topk[0], NULL, 32, NULL));
+  CHECK_OK(self, ultraepRoutePlan(route, &after));
+  CHECK_OK(self, ultraepGroupPlanner(group, &planner));
+  if (self->rank == 0) x->after = planner, x->nBefore = nBefore, x->nAfter = after.nReplicas;
+  SYNC(self);
+  CHECK_OK(self, ultraepGroupDestroy(group));
+}
+
+static void test_group_gate(void **state) {
+  (void)state;
+  gate_t x = {.rowSeconds = 1e-9}; /* 256 rows: 0.256 us, less than one copy */
+  host_run(4, gate_rank, &x);
+  assert_true(x.nBefore > 0 && x.nAfter == 0);
+  assert_true(x.before.copyPs == 0 && x.before.rowPs == 0 && x.before.relayCopies == 0);
+  assert_true(x.after.copyPs == 1000000 && x.after.rowPs == 1000 && x.after.relayCopies == 1);
+  x = (gate_t){.rowSeconds = 1e-7}; /* 256 rows: 25.6 us, and 192 of them can go for one relayed copy */
+  host_run(4, gate_rank, &x);
+  assert_true(x.nAfter == 3 && x.nBefore == 3 && x.after.copyPs == 1000000);
 }
 
 static void test_config_rows(void **state) {
@@ -138,6 +242,23 @@ static void test_config_rows(void **state) {
   assert_int_equal(config_recv_rows(&config, 1), 64);
   config.alignment = 16;
   assert_int_equal(config_recv_rows(&config, 4), 2 * 64 + (2 + 2) * 15);
+  config.alignment = 1;
+  config.expertBytes = 600000000; /* a copy costs 1500 rows: the gate may leave all on one rank */
+  assert_int_equal(config_recv_rows(&config, 4), 4 * 64);
+  config.linkBytesPerSecond = 300e12; /* 2 rows; two copies, of two slots or two masters */
+  assert_int_equal(config_recv_rows(&config, 4), 2 * 64);
+  config.linkBytesPerSecond = 15e12; /* 40 rows less what it costs to move them */
+  assert_int_equal(config_recv_rows(&config, 4), 64 + 80);
+  config.balance = 0;
+  assert_int_equal(config_recv_rows(&config, 4), 2 * 64);
+  config.balance = 1;
+  config.linkBytesPerSecond = 20e12;
+  config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED; /* 30 rows * 4/3 */
+  assert_int_equal(config_recv_rows(&config, 4), 64 + 80);
+  config.maxTokens = 1 << 24;
+  config.topK = 32;
+  config.linkBytesPerSecond = 1; /* rows are numbered in 32 bits */
+  assert_int_equal(config_recv_rows(&config, 1024), CONFIG_MAX_RECV_ROWS);
   config.maxRecvRows = 99;
   assert_int_equal(config_recv_rows(&config, 4), 99);
   for (int32_t type = -2; type < 7; type++) {
@@ -187,7 +308,8 @@ static void test_config_difference(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_config_header),     cmocka_unit_test(test_config_ranges),
-      cmocka_unit_test(test_config_cost),       cmocka_unit_test(test_config_rows),
+      cmocka_unit_test(test_config_cost),       cmocka_unit_test(test_config_gate),
+      cmocka_unit_test(test_group_gate),        cmocka_unit_test(test_config_rows),
       cmocka_unit_test(test_config_difference),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,6 +1,7 @@
-/* Makes ultraep_perf's library wrong: linked into a second ultraep_perf, these calls stand in for the
- * library's, call them, and then damage one byte. PERF_CORRUPT names what: dispatch, combine, weights, or
- * error: rank 1's combine fails. */
+/* Makes the library of ultraep_perf or ultraep_moe wrong: linked into a second one, these calls stand in for
+ * the library's, call them, and then damage one byte. PERF_CORRUPT names what: dispatch, combine, weights; or
+ * error: rank 1's combine fails; unweighted: a combine that should weigh does not; grads: replicas' gradients
+ * are not added. */
 #include "ultraep.h"
 
 #include <dlfcn.h>
@@ -41,7 +42,9 @@ __attribute__((visibility("default"))) ultraepResult_t ultraepAllToAll(const voi
     ultraepResult_t result = ultraepRouteSegments(route, &segments);
     if (result == ultraepSuccess && segments.expert[0] > 0) return ultraepInternalError;
   }
-  ultraepResult_t result = next(sendbuff, recvbuff, direction, route, stream);
+  bool weighted = direction != ULTRAEP_COMBINE || !corrupt_wanted("unweighted");
+  ultraepResult_t result =
+      next(sendbuff, recvbuff, weighted ? direction : ULTRAEP_COMBINE_SUM, route, stream);
   int64_t row = corrupt_row(route);
   if (result != ultraepSuccess || row < 0) return result;
   if (direction == ULTRAEP_DISPATCH && corrupt_wanted("dispatch")) {
@@ -66,4 +69,11 @@ __attribute__((visibility("default"))) ultraepResult_t ultraepWeightsSync(ultrae
     break;
   }
   return result;
+}
+
+__attribute__((visibility("default"))) ultraepResult_t ultraepGradsReduce(ultraepRoute_t route, int layer,
+                                                                          cudaStream_t stream) {
+  ultraepResult_t (*next)(ultraepRoute_t, int, cudaStream_t);
+  *(void **)&next = corrupt_next("ultraepGradsReduce");
+  return corrupt_wanted("grads") ? ultraepSuccess : next(route, layer, stream);
 }

@@ -38,7 +38,15 @@ done
 runs 2 "${small[@]}" --slots 0
 runs 2 "${small[@]}" --slots 4 --tolerance 0.3 --seed 7
 runs 2 "${small[@]}" --domain 2
+runs 2 "${small[@]}" --expert-bytes 0
+grep -q '^# cost gate: off' out || fail "no word on the gate being off"
+! grep -q '^#   gate' out || fail "a gate that nobody asked for"
 runs 2 "${small[@]}" --expert-bytes 0 --gate-bytes 1G
+[ "$(grep -c '^#   gate, .*: kept none of [1-9][0-9]* replicas: ' out)" = 1 ] || fail "no word on what the gate held back"
+awk '!/^#/ { if ($7 != 0) exit 1 }' out || fail "the gate let replicas through"
+runs 1 "${small[@]}" --balance 1 --tokens 4000 --gate-bytes 1K -J o.json
+grep -Eq '^#   gate, .*: kept (all )?[1-9]' out || fail "no word on what the gate kept"
+[ "$(awk '!/^#/ { print $7 }' out)" = "$(sed -n 's/^ *"kept": \([0-9]*\),$/\1/p' o.json)" ] || fail "the gate's count in the JSON"
 runs 1 "${small[@]}" --balance 0 -m 3
 runs 1 "${small[@]}" --balance 1 -w 0
 runs 2 -t 1 --experts 4 --topk 2 --tokens 9 --skew 1

@@ -43,9 +43,44 @@ status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --json o.json
 status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --tolerance 0.5 --json loose.json
 "$check" loose.json t.csv 8 4 8 1.501 1.501 > /dev/null
 ! cmp -s o.json loose.json || fail "tolerance changes nothing"
-# A copy that costs far more than all rows: no replicas.
-status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --cost 0.001,1000000,relay
+# The cost gate. A copy that costs far more than all rows: no replicas; for next to nothing: all; between, the cheapest.
+gated=(--trace t.csv --ranks 8 --slots 4 --gate)
+status 0 "$plan" "${gated[@]}" --row-ns 0.001 --link 0.1 --expert-bytes 90M
 grep -q '^# worst .* 0 *0 *0 ' out || fail "the cost gate let replicas through"
+grep -q '^#   gate: kept none of [1-9]' out || fail "no word on what the gate held back"
+grep -q '^# gate: kept 0 of [1-9]' out || fail "no sum of what the gate held back"
+status 0 "$plan" "${gated[@]}" --row-ns 4000 --link 1000000
+grep -q '^#   gate: kept all [1-9]' out || fail "no word on what the gate let pass"
+status 0 "$plan" "${gated[@]}" --row-ns 10 --link 20 --expert-bytes 4M
+grep -Eq '^#   gate: kept ([1-9][0-9]*) of [1-9].*; all: ' out || fail "no word on what the gate thinned: $(cat out)"
+status 0 "$plan" --trace t.csv --ranks 8 --slots 4
+! grep -q 'gate: kept' out || fail "a gate that nobody asked for"
+grep -q 'cost gate off' out || fail "no word on the gate being off"
+for gate in "" =direct =relay; do
+  for link in 0.1 10 100 450 1e6; do
+    status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --gate$gate --link $link --row-ns 10 --json o.json
+    "$check" o.json t.csv 8 4 8 99 99 > /dev/null
+    grep -q '"gate":{"on":true' o.json || fail "--json without the gate"
+  done
+done
+
+# The critical path of the copies: the links' own time alone, which the check works out, then the defaults.
+for ranks in 8 16; do
+  status 0 "$plan" --trace t.csv --ranks $ranks --slots 2 --cost --tile 1 --hop-us 0 --link 1,450,900 --json o.json
+  "$check" o.json t.csv $ranks 2 $ranks 99 99 > /dev/null
+  [ "$(grep -o '"gbps":450' o.json | wc -l)" = 4 ] || fail "--cost: not every record and the summary has its links"
+done
+sed 's/"sends":\([0-9]\)/"sends":9\1/' o.json > bad.json
+status 1 "$check" bad.json t.csv 16 2 16 99 99
+# 64 ranks, the traffic and the links of the README: at most half of direct sending, and 0.188 ms.
+for skew in 1.5 2 3; do
+  status 0 "$plan" --zipf $skew --ranks 64 --experts 256 --slots 2 --tolerance 0.005 --records 10 --cost
+  grep -q '^#   712 GB/s, a copy 53.0 us: direct .* (rank [0-9]* sends [0-9]*, rank [0-9]* receives 1); relay ' out ||
+    fail "--cost: the line of a record"
+  sed -n 's/^# copies at .*, relay .* (worst \([0-9.]*\)), .* of direct (worst \([0-9.]*\))$/\1 \2/p' out > bars
+  awk '{ if ($1 <= 0 || $1 > 188 || $2 > 0.5) exit 1 } END { if (NR != 3) exit 1 }' bars ||
+    fail "relays take too long, skew $skew: $(cat bars)"
+done
 
 # --json -: nothing but JSON on stdout; one object a record and the summary.
 status 0 "$plan" --trace t.csv --ranks 8 --slots 2 --chart always --json -
@@ -92,7 +127,11 @@ status 2 "$plan" --trace t.csv --ranks 8 --slots 65
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --domain 3
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --tolerance nan
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --cost 1
-status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --cost 1,2,3
+for bad in --gate=no --link=1,2,x --link= --link=0 --link=1,2,3,4,5,6,7,8,9 --row-ns=0 --tflops=-1 --hop-us=nan \
+  --expert-bytes=0 --tile=1G "--link=0.001 --cost" "--gate --tflops=0.001"; do
+  # shellcheck disable=SC2086
+  status 2 "$plan" --trace t.csv --ranks 8 --slots 2 $bad
+done
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 stray
 status 1 "$plan" --zipf 31 --ranks 8 --slots 2
 grep -q 'skew 31 is outside' err || fail "message of a skew out of reach"

@@ -120,6 +120,96 @@ static int instances_check(const check_t *check, json_t *object, long record) {
   return 0;
 }
 
+/* ---- what rows and copies cost ---- */
+
+/* Copies that ranks send and receive, counted from the instances. */
+typedef struct {
+  int replicas, fanout; /* all, and the most of one expert */
+  int out, in,
+      own;        /* the most of one rank: replicas of its masters, in its slots, its experts that have any */
+  int most;       /* of own + in: what a rank sends at most where replicas relay */
+  long long load; /* of the busiest rank */
+} copies_t;
+
+static copies_t copies_count(const check_t *check, json_t *object) {
+  static int out[MAX_RANKS], in[MAX_RANKS], own[MAX_RANKS], fanout[MAX_EXPERTS];
+  static long long load[MAX_RANKS];
+  copies_t n = {0};
+  json_t *instances = json_object_get(object, "instances"), *instance;
+  int nExperts = (int)json_array_size(instances) - (int)number_of(object, "replicas");
+  int perRank = nExperts / check->nRanks;
+  size_t index;
+  memset(out, 0, sizeof(out)), memset(in, 0, sizeof(in)), memset(own, 0, sizeof(own));
+  memset(fanout, 0, sizeof(fanout)), memset(load, 0, sizeof(load));
+  json_array_foreach(instances, index, instance) {
+    int expert = (int)json_integer_value(json_array_get(instance, 0));
+    int rank = (int)json_integer_value(json_array_get(instance, 1));
+    load[rank] += json_integer_value(json_array_get(instance, 2));
+    if (rank == expert / perRank) continue;
+    n.replicas++, out[expert / perRank]++, in[rank]++;
+    if (fanout[expert]++ == 0) own[expert / perRank]++;
+    if (fanout[expert] > n.fanout) n.fanout = fanout[expert];
+  }
+  for (int r = 0; r < check->nRanks; r++) {
+    if (out[r] > n.out) n.out = out[r];
+    if (in[r] > n.in) n.in = in[r];
+    if (own[r] > n.own) n.own = own[r];
+    if (own[r] + in[r] > n.most) n.most = own[r] + in[r];
+    if (load[r] > n.load) n.load = load[r];
+  }
+  return n;
+}
+
+static int larger(int a, int b) {
+  return a > b ? a : b;
+}
+
+static int is_near(double a, double b) {
+  return fabs(a - b) <= 1e-6 * fabs(a) + 1e-5;
+}
+
+/* With tiles of one byte and no time between tiles, so that what is left is the links' own time. */
+static int copies_check(const check_t *check, json_t *object, long record) {
+  json_t *links = json_object_get(object, "copies"), *link;
+  copies_t n = copies_count(check, object);
+  size_t index;
+  json_array_foreach(links, index, link) {
+    json_t *direct = json_object_get(link, "direct"), *relay = json_object_get(link, "relay");
+    double copy = number_of(link, "copy_us"), sends = number_of(relay, "sends");
+    if (number_of(direct, "sends") != n.out || number_of(direct, "receives") != n.in ||
+        !is_near(number_of(direct, "us"), larger(n.out, n.in) * copy))
+      return fail("copies: direct", record);
+    if (number_of(relay, "receives") != n.in || sends < n.own || sends > n.most)
+      return fail("copies: what ranks send or receive in a relay", record);
+    if (number_of(relay, "depth") != n.fanout ||
+        !is_near(number_of(relay, "us"), number_of(relay, "floor_us")) ||
+        !is_near(number_of(relay, "floor_us"), larger((int)sends, n.in) * copy))
+      return fail("copies: relay", record);
+  }
+  return links != NULL && json_array_size(links) == 0 ? fail("copies: no links", record) : 0;
+}
+
+static double gate_cost(json_t *gate, const char *key) {
+  json_t *cost = json_object_get(gate, key);
+  return number_of(cost, "rows_us") + number_of(cost, "copies_us");
+}
+
+static int gate_check(const check_t *check, json_t *object, long record) {
+  json_t *gate = json_object_get(object, "gate"), *gated = json_object_get(gate, "gated");
+  if (gate == NULL) return 0;
+  copies_t n = copies_count(check, object);
+  int copies = larger(json_is_true(json_object_get(gate, "relay")) ? n.own : n.out, n.in);
+  if (number_of(gate, "kept") != n.replicas || number_of(gated, "copies") != copies)
+    return fail("gate: kept or copies", record);
+  if (!is_near(number_of(gated, "rows_us"), (double)n.load * number_of(gate, "row_ns") / 1e3) ||
+      !is_near(number_of(gated, "copies_us"), copies * number_of(gate, "copy_us")))
+    return fail("gate: cost of what it kept", record);
+  if (!(gate_cost(gate, "gated") <= gate_cost(gate, "full") + 1e-6) ||
+      !(gate_cost(gate, "gated") <= number_of(gate, "none_rows_us") + 1e-6))
+    return fail("gate: something costs less", record);
+  return 0;
+}
+
 static int record_check(check_t *check, json_t *object, sums_t *sums) {
   long record = sums->records;
   if (check->trace != NULL) {
@@ -130,7 +220,9 @@ static int record_check(check_t *check, json_t *object, sums_t *sums) {
       return fail("step, layer or microbatch", record);
     }
   }
-  if (instances_check(check, object, record) != 0) return -1;
+  if (instances_check(check, object, record) != 0 || copies_check(check, object, record) != 0 ||
+      gate_check(check, object, record) != 0)
+    return -1;
   double planned = number_of(object, "planned"), realised = number_of(object, "realised");
   if (!(realised == planned)) return fail("realised is not planned", record);
   if (!(number_of(object, "bound") <= planned)) return fail("planned is below the bound", record);

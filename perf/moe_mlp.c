@@ -1,0 +1,93 @@
+/* The experts: matrix products over the segments of a route, forward and backward. */
+#include "moe.h"
+
+typedef enum {
+  MLP_GATE_UP,
+  MLP_DOWN,
+  MLP_ACT_GRAD,
+  MLP_DOWN_GRAD,
+  MLP_GATE_UP_GRAD,
+  MLP_ROWS_GRAD
+} mlpProduct_t;
+
+/* A segment's weights and gradients. Without replicas there is no synchronisation that would name them. */
+static const uint16_t *mlp_weights(const moeRank_t *rank, const moeLayer_t *layer, int tensor,
+                                   int32_t segment) {
+  if (rank->base->run->balance) return layer->segments.weights[tensor][segment];
+  return layer->weights[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
+}
+static float *mlp_grads(const moeRank_t *rank, const moeLayer_t *layer, int tensor, int32_t segment) {
+  if (rank->base->run->balance) return layer->segments.grads[tensor][segment];
+  return layer->grads[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
+}
+
+/* The product of one segment: n rows from row `at` on. */
+static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product,
+                                  int32_t segment) {
+  const moeOptions_t *options = moe_options(rank);
+  const ultraepSegments_t *segments = &layer->segments;
+  int64_t h = options->bench.hidden, i = options->inter, n = segments->rows[segment];
+  int64_t at = segments->firstRow[segment];
+  const uint16_t *w1 = mlp_weights(rank, layer, 0, segment), *w2 = mlp_weights(rank, layer, 1, segment);
+  uint16_t *rows = layer->rows + at * h, *rowsOut = rank->rowsOut + at * h;
+  uint16_t *gateUp = layer->gateUp + at * 2 * i, *act = layer->act + at * i,
+           *actGrad = rank->actGrad + at * i;
+  switch (product) {
+  case MLP_GATE_UP: /* GU = X W1^T */
+    return (moeGemm_t){.m = n, .n = 2 * i, .k = h, .a = rows, .b = w1, .bTransposed = true, .c = gateUp};
+  case MLP_DOWN: /* Y = A W2^T */
+    return (moeGemm_t){.m = n, .n = h, .k = i, .a = act, .b = w2, .bTransposed = true, .c = rowsOut};
+  case MLP_ACT_GRAD: /* dA = dY W2 */
+    return (moeGemm_t){.m = n, .n = i, .k = h, .a = rowsOut, .b = w2, .c = actGrad};
+  case MLP_DOWN_GRAD: /* dW2 += dY^T A */
+    return (moeGemm_t){.m = h,
+                       .n = i,
+                       .k = n,
+                       .a = rowsOut,
+                       .aTransposed = true,
+                       .b = act,
+                       .c = mlp_grads(rank, layer, 1, segment),
+                       .accumulate = true};
+  case MLP_GATE_UP_GRAD: /* dW1 += dGU^T X */
+    return (moeGemm_t){.m = 2 * i,
+                       .n = h,
+                       .k = n,
+                       .a = gateUp,
+                       .aTransposed = true,
+                       .b = rows,
+                       .c = mlp_grads(rank, layer, 0, segment),
+                       .accumulate = true};
+  default: /* dX = dGU W1, in place of X */
+    return (moeGemm_t){.m = n, .n = h, .k = 2 * i, .a = gateUp, .b = w1, .c = rows};
+  }
+}
+
+static int mlp_products_run(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product) {
+  int32_t count = 0;
+  for (int32_t s = 0; s < layer->segments.nSegments; s++) {
+    if (layer->segments.rows[s] > 0) rank->gemms[count++] = mlp_product_make(rank, layer, product, s);
+  }
+  return count == 0 ? 0 : moe_run(rank)->ops->gemms(rank, rank->gemms, count);
+}
+
+/* Element-wise steps go over all rows in use, padding included. */
+int moeMlpForward(moeRank_t *rank, int32_t index) {
+  const moeOps_t *ops = moe_run(rank)->ops;
+  moeLayer_t *layer = &rank->layers[index];
+  int64_t rows = layer->segments.totalRows[0];
+  if (mlp_products_run(rank, layer, MLP_GATE_UP) != 0) return -1;
+  if (ops->swiglu(rank, layer->gateUp, layer->act, rows) != 0) return -1;
+  return mlp_products_run(rank, layer, MLP_DOWN);
+}
+
+int moeMlpBackward(moeRank_t *rank, int32_t index) {
+  const moeOps_t *ops = moe_run(rank)->ops;
+  moeLayer_t *layer = &rank->layers[index];
+  int64_t rows = layer->segments.totalRows[0];
+  if (ops->rowsScale(rank, rank->rowsOut, layer->rowWeights, rows) != 0) return -1;
+  if (mlp_products_run(rank, layer, MLP_ACT_GRAD) != 0) return -1;
+  if (mlp_products_run(rank, layer, MLP_DOWN_GRAD) != 0) return -1;
+  if (ops->swigluBack(rank, layer->gateUp, rank->actGrad, rows) != 0) return -1;
+  if (mlp_products_run(rank, layer, MLP_GATE_UP_GRAD) != 0) return -1;
+  return mlp_products_run(rank, layer, MLP_ROWS_GRAD);
+}
