@@ -5,6 +5,7 @@
  *   nccl_group.c     create, agree, status, abort, destroy
  *   nccl_memory.c    symmetric regions
  *   nccl_exchange.c  routes, dispatch, combine: parameters for the kernels
+ *   nccl_experts.c   replicas' weights and gradients
  *
  * Several ranks may be threads of one process on one GPU. Then a call that waits for the whole device can
  * wait for a peer's kernel that waits for this rank; so nothing here synchronises the device, memory is
@@ -37,6 +38,8 @@ typedef struct {
   int rank, nRanks, device, timeoutMs;
   cudaStream_t stream; /* for what is not on a caller's stream: agreement, aborts */
   ncclRegion_t window;
+  ncclRegion_t slots; /* of replicas, from the first registration on: slots, then flags of their tiles */
+  size_t slotFlagsOffset;
   size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
   kernelGroup_t kernel;
   bool isStuck;     /* a meeting timed out and is still pending in NCCL or on `stream` */
@@ -54,10 +57,11 @@ typedef struct {
 typedef struct {
   kernelRoute_t kernel;
   void *deviceBlock;
-  kernelRouteStatus_t *status; /* in the group's pinned memory */
-  int32_t nUpdates;            /* enqueued; a status of an older update says nothing of this one */
-  bool isCaptured;             /* an update was captured into a graph */
-  int32_t *hostLoads;          /* for ultraepRoutePlan */
+  kernelRouteStatus_t *status;    /* in the group's pinned memory */
+  int32_t nUpdates;               /* enqueued; a status of an older update says nothing of this one */
+  ultraepPlannerConfig_t planner; /* of the last update: registering experts may change the group's */
+  bool isCaptured;                /* an update was captured into a graph */
+  int32_t *hostLoads;             /* for ultraepRoutePlan */
   void *planWorkspace;
   size_t planBytes;
 } ncclRoute_t;
@@ -113,7 +117,17 @@ ultraepResult_t nccl_route_dispatch(const int32_t *topkIdx, const float *topkWei
                                     const backendExchange_t *exchange, cudaStream_t stream);
 /* How the route's last update came out, as far as it is known without waiting. */
 ultraepResult_t nccl_route_status(ultraepRoute_t route);
+/* What a call on the route is refused for; see nccl_exchange.c. */
+ultraepResult_t nccl_route_check(ultraepRoute_t route);
+/* A number that ranks share when they are in the same call with the same places: a hash of `words`, never 0,
+ * below KERNEL_CHECK_BAD_ENTRY. */
+uint32_t nccl_check_word(const uint64_t *words, size_t n);
 ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream);
 ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream);
+
+ultraepResult_t nccl_experts_register(ultraepGroup_t group, const groupLayer_t *layer);
+void nccl_gate_changed(ultraepGroup_t group);
+ultraepResult_t nccl_weights_sync(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream);
+ultraepResult_t nccl_grads_reduce(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream);
 
 #endif

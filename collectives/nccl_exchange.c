@@ -23,6 +23,7 @@ static void route_carve(ncclRoute_t *route, const struct ultraepGroup *group, ar
   kernel->totalRows = arena_take(arena, 1, sizeof(*kernel->totalRows));
   kernel->slotExpert =
       arena_take(arena, (size_t)group->nRanks * (size_t)group->config.nSlots, sizeof(*kernel->slotExpert));
+  kernel->pointers = arena_take(arena, 2 * KERNEL_MAX_TENSORS * nSegments, sizeof(*kernel->pointers));
   kernel->status = arena_take(arena, 1, sizeof(*kernel->status));
 }
 
@@ -67,6 +68,11 @@ ultraepResult_t nccl_route_create(ultraepRoute_t route) {
                                         .firstRow = made->kernel.firstRow,
                                         .rows = made->kernel.rows,
                                         .totalRows = made->kernel.totalRows};
+  for (int t = 0; t < KERNEL_MAX_TENSORS; t++) {
+    void **pointers = made->kernel.pointers + t * group->nSegments;
+    route->segments.weights[t] = pointers;
+    route->segments.grads[t] = pointers + KERNEL_MAX_TENSORS * group->nSegments;
+  }
   return ultraepSuccess;
 }
 
@@ -83,9 +89,7 @@ void nccl_route_destroy(ultraepRoute_t route) {
   free(impl);
 }
 
-/* A number that ranks share when they are in the same call with the same places: a hash of `words`, never 0,
- * below KERNEL_CHECK_BAD_ENTRY. */
-static uint32_t exchange_hash(const uint64_t *words, size_t n) {
+uint32_t nccl_check_word(const uint64_t *words, size_t n) {
   uint64_t hash = UINT64_C(0xcbf29ce484222325);
   for (size_t i = 0; i < n; i++) {
     hash = (hash ^ words[i]) * UINT64_C(0x9e3779b97f4a7c15);
@@ -104,7 +108,7 @@ static kernelUpdate_t update_kernel(ultraepRoute_t route, const int32_t *topkIdx
                           .topkWeights = topkWeights,
                           .nTokens = nTokens,
                           .number = captured ? 0 : impl->nUpdates + 1,
-                          .check = exchange_hash(words, sizeof(words) / sizeof(words[0]))};
+                          .check = nccl_check_word(words, sizeof(words) / sizeof(words[0]))};
 }
 
 /* What the host remembers of an update that was enqueued. */
@@ -116,6 +120,7 @@ static void update_enqueued(ultraepRoute_t route, const kernelUpdate_t *update, 
   else
     impl->nUpdates = update->number;
   nccl_work_enqueued(nccl_rank(route->group), stream, captured);
+  impl->planner = route->group->planner;
   route->nTokens = update->nTokens;
   route->planned = true;
 }
@@ -166,7 +171,7 @@ ultraepResult_t nccl_route_status(ultraepRoute_t route) {
 /* What a call on the route is refused for. Nothing once replays of a graph update the route too: ranks would
  * learn of a failure at different times, and some would refuse a call that others wait in. The kernels refuse
  * alike. */
-static ultraepResult_t route_check(ultraepRoute_t route) {
+ultraepResult_t nccl_route_check(ultraepRoute_t route) {
   const ncclRoute_t *impl = route->impl;
   return impl->isCaptured ? ultraepSuccess : nccl_route_status(route);
 }
@@ -175,7 +180,7 @@ ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan) {
   ncclRoute_t *impl = route->impl;
   const struct ultraepGroup *group = route->group;
   size_t loadBytes = (size_t)group->nRanks * (size_t)group->config.nExperts * sizeof(int32_t);
-  ultraepResult_t result = ultraepPlannerWorkspaceSize(&group->planner, &impl->planBytes);
+  ultraepResult_t result = ultraepPlannerWorkspaceSize(&impl->planner, &impl->planBytes);
   if (result != ultraepSuccess) return result;
   if (!impl->hostLoads) impl->hostLoads = malloc(loadBytes);
   if (!impl->planWorkspace) impl->planWorkspace = arena_alloc(impl->planBytes);
@@ -191,7 +196,7 @@ ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan) {
   result = nccl_route_status(route);
   if (result != ultraepSuccess) return result;
   /* The device planner's plan is the host planner's, to the bit. */
-  return ultraepPlannerRun(&group->planner, impl->hostLoads, impl->planWorkspace, impl->planBytes, plan);
+  return ultraepPlannerRun(&impl->planner, impl->hostLoads, impl->planWorkspace, impl->planBytes, plan);
 }
 
 /* ---- dispatch, combine ---- */
@@ -210,7 +215,7 @@ static uint32_t exchange_check(const backendExchange_t *x, int call) {
                             x->scales.region < 0 ? 0 : x->scales.offset,
                             (uint64_t)x->weights.region,
                             x->weights.region < 0 ? 0 : x->weights.offset};
-  return exchange_hash(words, sizeof(words) / sizeof(words[0]));
+  return nccl_check_word(words, sizeof(words) / sizeof(words[0]));
 }
 
 static kernelExchange_t exchange_kernel(const backendExchange_t *x) {
@@ -245,7 +250,7 @@ typedef int (*exchangeLaunch_t)(const kernelGroup_t *group, const kernelRoute_t 
 
 static ultraepResult_t exchange_enqueue(const backendExchange_t *exchange, exchangeLaunch_t launch,
                                         const char *what, cudaStream_t stream) {
-  ultraepResult_t result = route_check(exchange->route);
+  ultraepResult_t result = nccl_route_check(exchange->route);
   if (result != ultraepSuccess) return result;
   const ncclRoute_t *route = exchange->route->impl;
   ncclRank_t *self = nccl_rank(exchange->route->group);

@@ -11,7 +11,7 @@
 #define NCCL_DEFAULT_BLOCKS 16         /* SMs a kernel uses unless the config says otherwise */
 #define GROUP_REFUSAL_TIMEOUT_MS 30000 /* for telling the others of a config whose own timeout is unknown */
 
-static const char *const ncclPhases[] = {"", "route", "dispatch", "combine", "memory"};
+static const char *const ncclPhases[] = {"", "route", "dispatch", "combine", "memory", "weights", "grads"};
 
 ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what) {
   return error_set(ultraepUnhandledCudaError, "%s: %s", what, cudaGetErrorString(error));
@@ -233,6 +233,7 @@ static ultraepResult_t group_allocate(ultraepGroup_t group) {
 static void group_release(ncclRank_t *self) {
   if (!self->isStuck) {
     for (int i = 0; i < self->nRegions; i++) nccl_region_close(self, &self->regions[i], false);
+    nccl_region_close(self, &self->slots, true);
     nccl_region_close(self, &self->window, true);
     nccl_device_free(self, self->agreeBuffer);
     nccl_device_free(self, self->deviceBlock);
@@ -380,17 +381,6 @@ static void group_destroy(ultraepGroup_t group) {
   group_release(self);
 }
 
-static ultraepResult_t group_no_experts(ultraepGroup_t group, const struct groupLayer *layer) {
-  (void)group;
-  (void)layer;
-  return error_set(ultraepInvalidUsage, "the NCCL backend does not move weights yet");
-}
-static ultraepResult_t group_no_sync(ultraepRoute_t route, const struct groupLayer *layer,
-                                     cudaStream_t stream) {
-  (void)stream;
-  return group_no_experts(route->group, layer);
-}
-
 static ultraepResult_t group_counters(ultraepGroup_t group, ultraepCounters_t *counters) {
   kernelState_t state;
   ncclRank_t *self = nccl_rank(group);
@@ -400,7 +390,9 @@ static ultraepResult_t group_counters(ultraepGroup_t group, ultraepCounters_t *c
   if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, "ultraepGroupCounters");
   *counters = (ultraepCounters_t){.dispatchBytes = (int64_t)state.dispatchBytes,
-                                  .combineBytes = (int64_t)state.combineBytes};
+                                  .combineBytes = (int64_t)state.combineBytes,
+                                  .weightBytes = (int64_t)state.weightBytes,
+                                  .gradBytes = (int64_t)state.gradBytes};
   return ultraepSuccess;
 }
 
@@ -420,7 +412,8 @@ static const backend_t ncclBackend = {
     .routePlan = nccl_route_plan,
     .dispatch = nccl_dispatch,
     .combine = nccl_combine,
-    .expertsRegister = group_no_experts,
-    .weightsSync = group_no_sync,
-    .gradsReduce = group_no_sync,
+    .expertsRegister = nccl_experts_register,
+    .gateChanged = nccl_gate_changed,
+    .weightsSync = nccl_weights_sync,
+    .gradsReduce = nccl_grads_reduce,
 };

@@ -4,67 +4,17 @@
 //
 // PARTIAL: first each rank sums, for every token with two or more rows here, those rows into a staging area
 // of its window; then a token's rank reads one row per rank.
+#include "elements.cuh"
 #include "load.cuh"
 #include "signal.cuh"
 #include "warp.cuh"
 
 #include <algorithm>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace ultraep {
 
 constexpr int kCombineThreads = 512;
 constexpr int kRowsAtOnce = 8;
-
-// Elements of 16 bytes as floats, and back with one rounding.
-struct AsBfloat16 {
-  static constexpr int kElements = 8;
-  static __device__ __forceinline__ float get(const uint4 &v, int i) {
-    uint32_t word = reinterpret_cast<const uint32_t *>(&v)[i / 2];
-    return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
-  }
-  static __device__ __forceinline__ uint4 put(const float *f) {
-    uint4 v;
-    for (int i = 0; i < 4; i++) {
-      __nv_bfloat162 pair = __floats2bfloat162_rn(f[2 * i], f[2 * i + 1]);
-      reinterpret_cast<uint32_t *>(&v)[i] = *reinterpret_cast<uint32_t *>(&pair);
-    }
-    return v;
-  }
-};
-struct AsFloat16 {
-  static constexpr int kElements = 8;
-  static __device__ __forceinline__ float get(const uint4 &v, int i) {
-    return __half2float(reinterpret_cast<const __half *>(&v)[i]);
-  }
-  static __device__ __forceinline__ uint4 put(const float *f) {
-    uint4 v;
-    for (int i = 0; i < 4; i++) {
-      __half2 pair = __floats2half2_rn(f[2 * i], f[2 * i + 1]);
-      reinterpret_cast<uint32_t *>(&v)[i] = *reinterpret_cast<uint32_t *>(&pair);
-    }
-    return v;
-  }
-};
-struct AsFloat32 {
-  static constexpr int kElements = 4;
-  static __device__ __forceinline__ float get(const uint4 &v, int i) {
-    return reinterpret_cast<const float *>(&v)[i];
-  }
-  static __device__ __forceinline__ uint4 put(const float *f) {
-    return {__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]), __float_as_uint(f[3])};
-  }
-};
-
-__device__ __forceinline__ uint4 loadRow(const char *at) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at)
-               : "memory");
-  return v;
-}
 
 // Writes columns [from, to) of round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and
 // its weight; kWeighted: else plain sums. Two blocks of columns at a time keep 2 * kRowsAtOnce loads in
@@ -173,6 +123,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     combineKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                   const __grid_constant__ kernelExchange_t x) {
   extern __shared__ __align__(16) char memory[];
+  if (g.state == nullptr) return;             // see loadKernels
   if (route.status->code != kSuccess) return; // alike on every rank
   auto *bases = reinterpret_cast<const char **>(memory);
   uint32_t call = g.state->calls + 1;

@@ -16,6 +16,8 @@ extern "C" {
 
 typedef struct CUstream_st *cudaStream_t;
 
+#define KERNEL_MAX_TENSORS 8 /* ULTRAEP_MAX_TENSORS */
+
 /* The planner's config with its defaults resolved, see ultraepPlannerConfig_t. */
 typedef struct {
   int32_t nRanks, nExperts, nSlots, nDomainRanks, relayCopies;
@@ -69,7 +71,9 @@ enum {
   KERNEL_PHASE_ROUTE = 1,
   KERNEL_PHASE_DISPATCH = 2,
   KERNEL_PHASE_COMBINE = 3,
-  KERNEL_PHASE_MEMORY = 4
+  KERNEL_PHASE_MEMORY = 4,
+  KERNEL_PHASE_WEIGHTS = 5,
+  KERNEL_PHASE_GRADS = 6
 };
 
 /* Why a group stopped, in host memory mapped to the device: the kernels write, the host reads without
@@ -97,6 +101,7 @@ typedef struct {
   uint32_t badEntry;                              /* the route under way met an expert out of range */
   int32_t failed;                                 /* ultraepResult_t once the group has failed */
   unsigned long long dispatchBytes, combineBytes; /* rows that crossed ranks */
+  unsigned long long weightBytes, gradBytes;      /* copied into slots, read from slots */
 } kernelState_t;
 
 /* A rank's view of its group; passed to kernels by value. */
@@ -143,6 +148,9 @@ typedef struct {
   int32_t *expert;       /* [nSegments], as in ultraepSegments_t */
   int64_t *firstRow, *rows, *totalRows;
   int32_t *slotExpert; /* [R*S] expert in each slot of every rank, ascending on a rank, -1 where empty */
+  /* [2 * KERNEL_MAX_TENSORS][nSegments] where each local instance's weights, then gradients, are: in the
+   * layer of the last weights sync. Null pointers before that. */
+  void **pointers;
   kernelRouteStatus_t *status;
   kernelRouteStatus_t *hostStatus; /* the same in mapped host memory */
   size_t metaOffset;               /* in a window: kernelMeta_t [maxRecvRows], where usesMeta */
@@ -194,6 +202,43 @@ int kernelRouteDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *r
                               cudaStream_t stream);
 int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
                         const kernelExchange_t *exchange, cudaStream_t stream);
+
+/* ---- experts: replicas' weights and gradients ---- */
+
+/* Experts are cut into tiles, of which flags tell; a tensor's last one is shorter. */
+#define KERNEL_TILE_BYTES 16384
+
+/* One tensor of every expert of a layer. */
+typedef struct {
+  size_t bytes;       /* of one expert, a multiple of 16 */
+  char *master;       /* [E/R][bytes], this rank's */
+  char *const *peers; /* weights: [R] device array: the region that holds the masters, in every rank */
+  size_t peersOffset; /* of the masters in it */
+  size_t slotOffset;  /* in every rank's slot memory: [S][bytes] */
+  int32_t firstTile;  /* in the numbers of the tiles of all weights, or of all gradients, of one expert */
+  int32_t dataType;   /* gradients: ultraepDataType_t */
+} kernelTensor_t;
+
+typedef struct {
+  int32_t nWeights, nGrads;
+  int32_t nWeightTiles, nGradTiles; /* of one expert */
+  kernelTensor_t weights[KERNEL_MAX_TENSORS], grads[KERNEL_MAX_TENSORS];
+  char *const *slots; /* [R] device array: slot memory of every rank */
+  char *ownSlots;     /* this rank's, as its owner knows it */
+  size_t flagsOffset; /* in slot memory: uint32 [S][nFlags], the call in which the slot's tile was ready */
+  int32_t nFlags;
+  uint32_t check; /* as in kernelExchange_t */
+} kernelExperts_t;
+
+/* Tiles of a tensor. */
+static inline int64_t kernelTiles(size_t bytes) {
+  return (int64_t)((bytes + KERNEL_TILE_BYTES - 1) / KERNEL_TILE_BYTES);
+}
+
+int kernelWeightsLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                        const kernelExperts_t *experts, cudaStream_t stream);
+int kernelGradsLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExperts_t *experts,
+                      cudaStream_t stream);
 
 #ifdef __cplusplus
 }

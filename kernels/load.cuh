@@ -11,6 +11,8 @@ cudaError_t loadRouteKernels();
 cudaError_t loadDispatchKernels();
 cudaError_t loadRouteDispatchKernels();
 cudaError_t loadCombineKernels();
+cudaError_t loadWeightsKernels();
+cudaError_t loadGradsKernels();
 
 // Loads the kernels and lets them use all the shared memory that a block can have.
 inline cudaError_t loadKernels(std::initializer_list<const void *> kernels) {

@@ -40,5 +40,7 @@ int kernelsLoad(void) {
   if (error == cudaSuccess) error = ultraep::loadDispatchKernels();
   if (error == cudaSuccess) error = ultraep::loadRouteDispatchKernels();
   if (error == cudaSuccess) error = ultraep::loadCombineKernels();
+  if (error == cudaSuccess) error = ultraep::loadWeightsKernels();
+  if (error == cudaSuccess) error = ultraep::loadGradsKernels();
   return error;
 }

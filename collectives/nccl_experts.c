@@ -1,0 +1,153 @@
+/* Replicas' weights and gradients on GPUs: registration, slot memory, and parameters for the kernels. */
+#include "nccl_backend.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+_Static_assert(KERNEL_MAX_TENSORS == ULTRAEP_MAX_TENSORS, "tables of tensors");
+
+/* ---- registration ---- */
+
+/* What ranks tell each other of a layer; `words` must be equal on all of them. */
+enum { EXPERTS_LAYER, EXPERTS_SHAPE, EXPERTS_PLACES, EXPERTS_WORDS };
+
+static void experts_describe(const groupLayer_t *layer, uint64_t *words) {
+  const ultraepExperts_t *experts = &layer->experts;
+  uint64_t shape[2 + 2 * ULTRAEP_MAX_TENSORS * 2] = {(uint64_t)experts->nWeights, (uint64_t)experts->nGrads};
+  uint64_t places[2 * ULTRAEP_MAX_TENSORS];
+  size_t nShape = 2, nPlaces = 0;
+  for (int t = 0; t < experts->nWeights; t++) {
+    shape[nShape++] = experts->weights[t].bytes;
+    places[nPlaces++] = (uint64_t)layer->weights[t].region;
+    places[nPlaces++] = layer->weights[t].offset;
+  }
+  for (int t = 0; t < experts->nGrads; t++) {
+    shape[nShape++] = experts->grads[t].bytes;
+    shape[nShape++] = (uint64_t)experts->grads[t].dataType;
+  }
+  words[EXPERTS_LAYER] = (uint64_t)layer->layer;
+  words[EXPERTS_SHAPE] = nccl_check_word(shape, nShape);
+  words[EXPERTS_PLACES] = nccl_check_word(places, nPlaces);
+}
+
+static ultraepResult_t experts_agree(ncclRank_t *self, const groupLayer_t *layer) {
+  static const char *const names[EXPERTS_WORDS] = {"the layer", "the tensors' numbers, bytes or types",
+                                                   "the regions or offsets of the weights"};
+  uint64_t mine[EXPERTS_WORDS], (*all)[EXPERTS_WORDS] = calloc((size_t)self->nRanks, sizeof(*all));
+  if (!all) return error_set(ultraepSystemError, "no memory for registering experts");
+  experts_describe(layer, mine);
+  ultraepResult_t result = nccl_agree(self, mine, all, sizeof(mine), "experts");
+  for (int r = 1; r < self->nRanks && result == ultraepSuccess; r++)
+    for (int i = 0; i < EXPERTS_WORDS && result == ultraepSuccess; i++)
+      if (all[r][i] != all[0][i])
+        result = error_set(ultraepInvalidUsage, "ultraepExpertsRegister: %s differ between ranks 0 and %d",
+                           names[i], r);
+  free(all);
+  return result;
+}
+
+static int32_t experts_tiles(const ultraepExpertTensor_t *tensors, int n) {
+  int64_t tiles = 0;
+  for (int t = 0; t < n; t++) tiles += kernelTiles(tensors[t].bytes);
+  return (int32_t)tiles;
+}
+
+/* Of one slot: a word for each tile, used by weights and gradients in turn. */
+static int32_t experts_flags(const ultraepExperts_t *experts) {
+  int32_t weights = experts_tiles(experts->weights, experts->nWeights);
+  int32_t grads = experts_tiles(experts->grads, experts->nGrads);
+  return weights > grads ? weights : grads;
+}
+
+/* Slots, then the flags of their tiles. Gradients' slots and flags start as zeros. */
+static ultraepResult_t experts_make_slots(ultraepGroup_t group, const groupLayer_t *layer) {
+  ncclRank_t *self = nccl_rank(group);
+  group->shape = *layer;
+  size_t slotBytes = group_slot_offset(group, layer->experts.nWeights + layer->experts.nGrads, 0);
+  size_t flagBytes = (size_t)group->config.nSlots * (size_t)experts_flags(&layer->experts) * sizeof(uint32_t);
+  if (slotBytes > 0) {
+    ultraepResult_t result = nccl_region_open(group, NULL, slotBytes + flagBytes, true, &self->slots);
+    if (result != ultraepSuccess) return result;
+  }
+  self->slotFlagsOffset = slotBytes;
+  group->slotBytes = (int64_t)slotBytes;
+  group->windowBytes += (int64_t)flagBytes;
+  group->hasSlots = true;
+  return ultraepSuccess;
+}
+
+ultraepResult_t nccl_experts_register(ultraepGroup_t group, const groupLayer_t *layer) {
+  ultraepResult_t result = experts_agree(nccl_rank(group), layer);
+  if (result != ultraepSuccess || group->hasSlots) return result;
+  return experts_make_slots(group, layer);
+}
+
+/* Updates from now on plan with the gate's new rates, alike on all ranks: registering is collective. */
+void nccl_gate_changed(ultraepGroup_t group) {
+  kernelPlanner_t *planner = &nccl_rank(group)->kernel.planner;
+  planner->rowPs = group->planner.rowPs;
+  planner->copyPs = group->planner.copyPs;
+  planner->relayCopies = group->planner.relayCopies;
+}
+
+/* ---- weights, gradients ---- */
+
+static kernelTensor_t experts_tensor(ultraepGroup_t group, const ultraepExpertTensor_t *tensor, int number,
+                                     int32_t *nTiles) {
+  kernelTensor_t made = {.bytes = tensor->bytes,
+                         .master = tensor->master,
+                         .slotOffset = group_slot_offset(group, number, 0),
+                         .firstTile = *nTiles,
+                         .dataType = tensor->dataType};
+  *nTiles += (int32_t)kernelTiles(tensor->bytes);
+  return made;
+}
+
+enum { CALL_WEIGHTS = 200, CALL_GRADS }; /* beside those of nccl_exchange.c */
+
+static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *layer, int call) {
+  ultraepGroup_t group = route->group;
+  const ncclRank_t *self = nccl_rank(group);
+  const ultraepExperts_t *experts = &layer->experts;
+  const uint64_t words[] = {(uint64_t)call, (uint64_t)route->index, (uint64_t)layer->layer};
+  kernelExperts_t made = {.nWeights = experts->nWeights,
+                          .nGrads = experts->nGrads,
+                          .slots = self->slots.devicePeers,
+                          .ownSlots = self->slots.base,
+                          .flagsOffset = self->slotFlagsOffset,
+                          .nFlags = experts_flags(experts),
+                          .check = nccl_check_word(words, sizeof(words) / sizeof(words[0]))};
+  for (int t = 0; t < experts->nWeights; t++) {
+    made.weights[t] = experts_tensor(group, &experts->weights[t], t, &made.nWeightTiles);
+    made.weights[t].peers = self->regions[layer->weights[t].region].devicePeers;
+    made.weights[t].peersOffset = layer->weights[t].offset;
+  }
+  for (int t = 0; t < experts->nGrads; t++)
+    made.grads[t] = experts_tensor(group, &experts->grads[t], experts->nWeights + t, &made.nGradTiles);
+  return made;
+}
+
+/* kernelWeightsLaunch or kernelGradsLaunch. */
+typedef int (*expertsLaunch_t)(const kernelGroup_t *group, const kernelRoute_t *route,
+                               const kernelExperts_t *experts, cudaStream_t stream);
+
+static ultraepResult_t experts_enqueue(ultraepRoute_t route, const groupLayer_t *layer, int call,
+                                       expertsLaunch_t launch, const char *what, cudaStream_t stream) {
+  ultraepResult_t result = nccl_route_check(route);
+  if (result != ultraepSuccess) return result;
+  const ncclRoute_t *impl = route->impl;
+  ncclRank_t *self = nccl_rank(route->group);
+  kernelExperts_t kernel = experts_kernel(route, layer, call);
+  cudaError_t error = (cudaError_t)launch(&self->kernel, &impl->kernel, &kernel, stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, what);
+  nccl_work_enqueued(self, stream, nccl_is_captured(stream));
+  return ultraepSuccess;
+}
+
+ultraepResult_t nccl_weights_sync(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream) {
+  return experts_enqueue(route, layer, CALL_WEIGHTS, kernelWeightsLaunch, "weights", stream);
+}
+
+ultraepResult_t nccl_grads_reduce(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream) {
+  return experts_enqueue(route, layer, CALL_GRADS, kernelGradsLaunch, "grads", stream);
+}

@@ -1,0 +1,252 @@
+// Gradients: master += its replicas' slots, in fp32 in the order master, replicas ascending by rank, rounded
+// once; then the slots are zeros again.
+//
+// A master's rank reads the slots where they are, a tile at a time, a warp for each tile of (expert, tensor).
+// It tells the slots' ranks which tiles it has read, and those clear them meanwhile. No order depends on
+// timing, so the sums are the same bits every time.
+#include "elements.cuh"
+#include "experts.cuh"
+#include "load.cuh"
+
+namespace ultraep {
+
+constexpr int kGradsThreads = 512;
+constexpr int kMostRows = 8;            // of one tile whose loads are in flight together
+constexpr int kManyRows = 4;            // where a tile has more of them
+constexpr size_t kGradsStatic = 2048;   // shared memory that the kernel declares, at most
+constexpr int kColumn = kWarp * 16;     // bytes of a row that a warp reads at once
+constexpr unsigned kClearPauseNs = 200; // between looks at a slot that is still being read
+
+struct GradsContext {
+  const kernelGroup_t &g;
+  const kernelRoute_t &route;
+  const kernelExperts_t &x;
+  const Chain *chains; // masters of this rank lie together
+  int nChains, firstMaster, nMasters;
+  uint32_t call;
+
+  __device__ GradsContext(const kernelGroup_t &group, const kernelRoute_t &plan,
+                          const kernelExperts_t &experts, const Chain *table, int n, uint32_t number)
+      : g(group), route(plan), x(experts), chains(table), nChains(n), firstMaster(0), nMasters(0),
+        call(number) {
+    while (firstMaster < n && table[firstMaster].at != 0) firstMaster++;
+    while (firstMaster + nMasters < n && table[firstMaster + nMasters].at == 0) nMasters++;
+  }
+};
+
+// Where the lanes' replicas are: lane i holds that of place `first` + i of the chain, none beyond the end.
+__device__ inline Place findPlaces(const GradsContext &c, int expert, int first) {
+  int nSlots = c.g.planner.nSlots, all = c.g.planner.nRanks * nSlots, lane = threadIdx.x % kWarp;
+  int found = 0, slot = -1;
+#pragma unroll 1
+  for (int from = 0; from < all; from += kWarp) {
+    unsigned here = __ballot_sync(kFullWarp, from + lane < all && c.route.slotExpert[from + lane] == expert);
+    int nth = first + lane - 1 - found, n = __popc(here);
+    if (nth >= 0 && nth < n) slot = from + int(__fns(here, 0, nth + 1));
+    found += n;
+  }
+  return slot < 0 ? Place{-1, -1} : Place{int16_t(slot / nSlots), int16_t(slot % nSlots)};
+}
+
+// One tile of one expert's gradient: the master's part and, in every replica's slot, the same part.
+struct GradsTile {
+  const GradsContext &c;
+  const Chain &chain;
+  const kernelTensor_t &tensor;
+  Tile tile;
+  int number;
+
+  __device__ char *master() const {
+    int local = chain.expert - c.g.rank * c.g.planner.perRank;
+    return tensor.master + size_t(local) * tensor.bytes + tile.at;
+  }
+  // The row of the chain's place `first` + lane.
+  __device__ const char *row(int first, Place place) const {
+    if (place.rank >= 0) return slotAddress(c.x, tensor, place) + tile.at;
+    return first + int(threadIdx.x % kWarp) == 0 ? master() : nullptr;
+  }
+};
+
+template <typename As> struct Sum {
+  float f[As::kElements] = {}; // from +0
+  __device__ __forceinline__ void add(const uint4 &v) {
+#pragma unroll
+    for (int i = 0; i < As::kElements; i++) f[i] = __fadd_rn(f[i], As::get(v, i));
+  }
+};
+
+// kColumns columns of kRows rows, the j-th of which lane j knows: all loads are in flight together. Whole
+// warps, of which some lanes may have no column.
+template <typename As, int kRows, int kColumns>
+__device__ __forceinline__ void sumColumns(char *out, const char *row, uint32_t at, bool inside) {
+  uint4 value[kColumns][kRows];
+#pragma unroll
+  for (int j = 0; j < kRows; j++) {
+    auto from =
+        reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), j)) + at;
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) value[i][j] = inside ? loadRow(from + i * kColumn) : uint4{};
+  }
+#pragma unroll
+  for (int i = 0; i < kColumns; i++) {
+    Sum<As> sum;
+#pragma unroll
+    for (int j = 0; j < kRows; j++) sum.add(value[i][j]);
+    if (inside) *reinterpret_cast<uint4 *>(out + at + i * kColumn) = As::put(sum.f);
+  }
+}
+
+template <typename As, int kRows>
+__device__ __forceinline__ void sumFew(char *out, const char *row, uint32_t bytes) {
+  constexpr uint32_t kColumns = kRows <= 2 ? 8 : kRows <= 4 ? 4 : 2;
+  uint32_t lane = threadIdx.x % kWarp, column = 0;
+#pragma unroll 1
+  for (; column + kColumns * kColumn <= bytes; column += kColumns * kColumn)
+    sumColumns<As, kRows, kColumns>(out, row, column + lane * 16, true);
+#pragma unroll 1
+  for (; column < bytes; column += kColumn)
+    sumColumns<As, kRows, 1>(out, row, column + lane * 16, column + lane * 16 < bytes);
+}
+
+// Any number of rows: a few at a time.
+template <typename As> __device__ void sumMany(const GradsTile &t, const char *firstRows) {
+  int nRows = t.chain.n + 1, lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (uint32_t column = 0; column < t.tile.bytes; column += kColumn) {
+    uint32_t at = column + lane * 16;
+    bool inside = at < t.tile.bytes;
+    const char *row = firstRows;
+    Sum<As> sum;
+#pragma unroll 1
+    for (int j = 0; j < nRows; j += kManyRows) {
+      if (j > 0 && j % kWarp == 0) row = t.row(j, findPlaces(t.c, t.chain.expert, j));
+      uint4 value[kManyRows];
+#pragma unroll
+      for (int i = 0; i < kManyRows; i++) {
+        auto from = reinterpret_cast<const char *>(
+            __shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), (j + i) % kWarp));
+        if (inside && j + i < nRows) value[i] = loadRow(from + at);
+      }
+#pragma unroll
+      for (int i = 0; i < kManyRows; i++)
+        if (j + i < nRows) sum.add(value[i]);
+    }
+    if (inside) *reinterpret_cast<uint4 *>(t.master() + at) = As::put(sum.f);
+  }
+}
+
+template <typename As, int kRows = 2>
+__device__ __forceinline__ void sumTile(const GradsTile &t, const char *row) {
+  if constexpr (kRows > kMostRows)
+    sumMany<As>(t, row);
+  else if (t.chain.n + 1 == kRows)
+    sumFew<As, kRows>(t.master(), row, t.tile.bytes);
+  else
+    sumTile<As, kRows + 1>(t, row);
+}
+
+// Tells the slots' ranks that their tile has been read by the whole warp.
+__device__ inline void tellRead(const GradsTile &t, Place firstPlaces) {
+  int lane = threadIdx.x % kWarp;
+  __syncwarp();
+  for (int from = 0; from <= t.chain.n; from += kWarp) {
+    Place place = from == 0 ? firstPlaces : findPlaces(t.c, t.chain.expert, from);
+    if (from + lane <= t.chain.n && place.rank >= 0)
+      storeReleaseSystem(tileFlag(t.c.x, place, t.number), t.c.call);
+  }
+}
+
+// This rank's masters: worker of nWorkers warps.
+__device__ void reduceMasters(const GradsContext &c, int worker, int nWorkers) {
+#pragma unroll 1
+  for (int i = worker; i < c.x.nGradTiles * c.nMasters; i += nWorkers) {
+    const Chain &chain = c.chains[c.firstMaster + i % c.nMasters];
+    int number = i / c.nMasters;
+    Tile tile = tileOf(c.x.grads, c.x.nGrads, number);
+    GradsTile t = {c, chain, c.x.grads[tile.tensor], tile, number};
+    Place places = findPlaces(c, chain.expert, 0);
+    const char *row = t.row(0, places);
+    if (t.tensor.dataType == 0) // ULTRAEP_BFLOAT16
+      sumTile<AsBfloat16>(t, row);
+    else
+      sumTile<AsFloat32>(t, row);
+    tellRead(t, places);
+  }
+}
+
+// Waits until the master's rank has read the tile of this rank's slot; false when the group has failed. By a
+// warp.
+__device__ inline bool waitRead(const GradsContext &c, const Chain &chain, const uint32_t *flag) {
+  bool isRead = true;
+  if (threadIdx.x % kWarp == 0) {
+    WaitClock clock;
+    for (int polls = 1; isRead && loadAcquireSystem(flag) != c.call; polls++) {
+      isRead = !clock.isOver(c.g, polls, KERNEL_PHASE_GRADS, chain.expert / c.g.planner.perRank, 0);
+      __nanosleep(kClearPauseNs);
+    }
+  }
+  return __shfl_sync(kFullWarp, isRead, 0);
+}
+
+// This rank's slots.
+__device__ void clearSlots(const GradsContext &c, int worker, int nWorkers) {
+  int nSlots = c.nChains - c.nMasters;
+#pragma unroll 1
+  for (int i = worker; i < c.x.nGradTiles * nSlots; i += nWorkers) {
+    int nth = i % nSlots, number = i / nSlots;
+    const Chain &chain = c.chains[nth < c.firstMaster ? nth : nth + c.nMasters];
+    Place here = {int16_t(c.g.rank), chain.slot};
+    if (!waitRead(c, chain, tileFlag(c.x, here, number))) return;
+    Tile tile = tileOf(c.x.grads, c.x.nGrads, number);
+    char *slot = slotAddress(c.x, c.x.grads[tile.tensor], here) + tile.at;
+#pragma unroll 4
+    for (uint32_t at = threadIdx.x % kWarp * 16; at < tile.bytes; at += kColumn)
+      *reinterpret_cast<uint4 *>(slot + at) = uint4{};
+  }
+}
+
+__global__ void __launch_bounds__(kGradsThreads, 1)
+    gradsKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
+                const __grid_constant__ kernelExperts_t x) {
+  extern __shared__ __align__(16) char gradsMemory[];
+  if (g.state == nullptr) return;             // see loadKernels
+  if (route.status->code != kSuccess) return; // alike on every rank
+  if (!planHasReplicas(g, route)) return;     // alike on every rank too: nobody need meet
+  uint32_t call = g.state->calls + 1;
+  auto *chains = reinterpret_cast<Chain *>(gradsMemory);
+  int nChains, other;
+  bool alive = openChains(g, route, x.check, call, KERNEL_PHASE_GRADS, chains, &nChains, &other);
+  if (alive) {
+    GradsContext c(g, route, x, chains, nChains, call);
+    int warps = blockDim.x / kWarp, worker = int(blockIdx.x) + int(threadIdx.x / kWarp) * int(gridDim.x);
+    reduceMasters(c, worker, int(gridDim.x) * warps);
+    clearSlots(c, worker, int(gridDim.x) * warps);
+  }
+  if (alive && blockIdx.x == 0 && threadIdx.x == 0) {
+    unsigned long long bytes = 0, nRead = 0;
+    for (int t = 0; t < x.nGrads; t++) bytes += x.grads[t].bytes;
+    for (int i = 0; i < nChains; i++) nRead += chains[i].at == 0 ? chains[i].n : 0;
+    g.state->gradBytes += nRead * bytes;
+  }
+  closeExchange(g, route, x.check, call, KERNEL_PHASE_GRADS, alive, other, patienceAtEnd(g));
+}
+
+cudaError_t loadGradsKernels() {
+  return loadKernels({kernelAddress(gradsKernel)});
+}
+
+} // namespace ultraep
+
+int kernelGradsLaunch(const kernelGroup_t *group, const kernelRoute_t *route, const kernelExperts_t *experts,
+                      cudaStream_t stream) {
+  using namespace ultraep;
+  size_t bytes = size_t(mostChains(group->planner)) * sizeof(Chain);
+  if (bytes + kGradsStatic > size_t(group->sharedBytes)) return cudaErrorInvalidConfiguration;
+  int64_t tiles = int64_t(experts->nGradTiles) * std::max(1, mostChains(group->planner));
+  int64_t warps = kGradsThreads / kWarp;
+  int nBlocks = int(std::min<int64_t>(group->nBlocks, (tiles + warps - 1) / warps));
+  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
+                       const_cast<kernelExperts_t *>(experts)};
+  return cudaLaunchKernel(kernelAddress(gradsKernel), dim3(nBlocks), dim3(kGradsThreads), arguments, bytes,
+                          stream);
+}

@@ -1,0 +1,323 @@
+// Weights: every replica's slot gets its master's tensors.
+//
+// An expert with n replicas is relayed along its chain: hop j, 1..n, takes a tile from place j-1 to place j,
+// as soon as it has arrived there. Either end of a hop can copy a tile. Of n+1 tiles in turn (turn = tile
+// modulo n+1) hop j is copied by its source where turn <= n - j, else by its target; so every one of the n+1
+// ranks copies n tiles of n+1, one at a time and idle at turn n - place, and takes in and sends out each byte
+// once at most.
+//
+// Every worker does its tasks in ascending order of (tile, expert), and a task waits only for the same tile
+// and expert one hop earlier; so the first task that is not done can always be done, and nobody waits for
+// ever.
+//
+// With bulk copies a block is a worker: one warp waits for flags and loads tiles into stages, another stores
+// them and tells the next rank. Without them (sm_80) a warp is a worker and copies through registers.
+#include "bulk.cuh"
+#include "experts.cuh"
+#include "load.cuh"
+
+namespace ultraep {
+
+constexpr int kBulkThreads = 128;     // loads, stores, and the rest for tables
+constexpr int kPortableThreads = 512; // all of them copy
+constexpr int kMaxStages = 16;
+constexpr size_t kWeightsStatic = 4608; // shared memory that the kernel declares, at most
+
+// One tile's copy on one hop.
+struct Task {
+  const char *from;
+  char *to;
+  const uint32_t *awaited; // the flag that says that the tile has come to `from`; null: it was always there
+  uint32_t *raised;        // the flag for the next hop's copy; null: there is none
+  uint32_t bytes;
+  int32_t source;   // the rank that raises `awaited`
+  uint64_t extraNs; // patience
+};
+
+struct WeightsContext {
+  const kernelGroup_t &g;
+  const kernelExperts_t &x;
+  const Chain *chains;
+  int nChains;
+  uint32_t call;
+
+  __device__ int nCandidates() const { return x.nWeightTiles * nChains; }
+  // Whether this rank copies the candidate's tile on a hop.
+  __device__ bool isTask(int candidate) const {
+    const Chain &c = chains[candidate % nChains];
+    return candidate / nChains % (c.n + 1) != c.n - c.at;
+  }
+  __device__ char *address(const kernelTensor_t &tensor, int expert, Place place) const {
+    if (place.slot >= 0) return slotAddress(x, tensor, place);
+    return tensor.peers[place.rank] + tensor.peersOffset +
+           size_t(expert - place.rank * g.planner.perRank) * tensor.bytes;
+  }
+  __device__ Task task(int candidate) const {
+    const Chain &c = chains[candidate % nChains];
+    int number = candidate / nChains, turn = number % (c.n + 1), hop = turn < c.n - c.at ? c.at + 1 : c.at;
+    bool pushes = hop > c.at, awaits = hop > 1, raises = hop < c.n;
+    Tile tile = tileOf(x.weights, x.nWeights, number);
+    const kernelTensor_t &tensor = x.weights[tile.tensor];
+    Place here = {int16_t(g.rank), c.slot}, from = pushes ? here : c.before[0],
+          to = pushes ? c.after[0] : here;
+    // Who copies the next hop, and who copied the last.
+    Place next = pushes && turn == c.n - hop ? c.after[1] : c.after[0];
+    Place last = !pushes && turn == c.n + 1 - hop ? c.before[1] : c.before[0];
+    return {address(tensor, c.expert, from) + tile.at,
+            address(tensor, c.expert, to) + tile.at,
+            awaits ? tileFlag(x, here, number) : nullptr,
+            raises ? tileFlag(x, next, number) : nullptr,
+            tile.bytes,
+            last.rank,
+            patience(g, hop, c.n)};
+  }
+};
+
+// Waits until the task of lane `first` may begin; returns the number of the first lane whose task may not, or
+// `first` when the group has failed. By a warp; lanes without a task are ready.
+__device__ inline int waitTasks(const WeightsContext &c, const Task &task, bool *isReady, int first) {
+  int lane = threadIdx.x % kWarp;
+  WaitClock clock;
+  for (int polls = 1;; polls++) {
+    if (!*isReady) *isReady = loadAcquireSystem(task.awaited) == c.call;
+    unsigned waiting = __ballot_sync(kFullWarp, !*isReady) >> first;
+    if (!(waiting & 1)) return waiting ? first + __ffs(waiting) - 1 : kWarp;
+    bool isOver = lane == first && clock.isOver(c.g, polls, KERNEL_PHASE_WEIGHTS, task.source, task.extraNs);
+    if (__any_sync(kFullWarp, isOver)) return first;
+  }
+}
+
+// Calls copy(n, task, ready) for windows of this worker's tasks: lane i < n holds a task; ready(i) waits
+// until lane i's may begin and returns how many of the first lanes' may, i when the group has failed.
+template <typename Copy>
+__device__ void forTasks(const WeightsContext &c, uint32_t worker, uint32_t nWorkers, int32_t *window,
+                         Copy copy) {
+  TaskWalk walk;
+  int lane = threadIdx.x % kWarp, n;
+  do {
+    n = walk.take(c.nCandidates(), worker, nWorkers, window, [&](int i) { return c.isTask(i); });
+    Task task = {};
+    if (lane < n) task = c.task(window[lane]);
+    bool isReady = !task.awaited;
+    if (!copy(n, task, [&](int first) { return min(n, waitTasks(c, task, &isReady, first)); })) return;
+  } while (n > 0);
+}
+
+// ---- without bulk copies ----
+
+__device__ __forceinline__ void copyTile(const char *from, char *to, uint32_t bytes, int lane) {
+  constexpr int kAtOnce = 8;
+  for (uint32_t start = lane * 16; start < bytes; start += kAtOnce * kWarp * 16) {
+    uint4 value[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (uint32_t at = start + i * kWarp * 16; at < bytes)
+        value[i] = __ldcg(reinterpret_cast<const uint4 *>(from + at));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (uint32_t at = start + i * kWarp * 16; at < bytes) *reinterpret_cast<uint4 *>(to + at) = value[i];
+  }
+}
+
+template <typename T> __device__ __forceinline__ T *shuffled(T *pointer, int lane) {
+  return reinterpret_cast<T *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(pointer), lane));
+}
+
+__device__ void copyPortable(const WeightsContext &c, int32_t *windows) {
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, nWarps = blockDim.x / kWarp;
+  forTasks(c, blockIdx.x * nWarps + warp, gridDim.x * nWarps, windows + warp * kWarp,
+           [&](int n, const Task &task, auto ready) {
+             for (int i = 0; i < n; i++) {
+               if (ready(i) == i) return false;
+               __syncwarp(); // what a lane has acquired, all have
+               copyTile(shuffled(task.from, i), shuffled(task.to, i), __shfl_sync(kFullWarp, task.bytes, i),
+                        lane);
+               __syncwarp();
+               if (lane == i && task.raised) storeReleaseSystem(task.raised, c.call);
+             }
+             return true;
+           });
+}
+
+// ---- with bulk copies ----
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Between the loading and the storing warp. Tile i of the block uses stage i modulo nStages.
+struct Stages {
+  uint64_t full[kMaxStages]; // barriers: the tile is here
+  struct {
+    char *to;
+    uint32_t *raised;
+    uint32_t bytes;
+  } tile[kMaxStages];
+  uint32_t nFreed;  // tiles whose stages may be loaded again
+  uint32_t nTiles;  // of the block, once they are known to be all
+  uint32_t isWhole; // nTiles is set
+};
+
+__device__ __forceinline__ uint32_t loadAcquireBlock(const uint32_t *shared) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(sharedAddress(shared))
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void storeReleaseBlock(uint32_t *shared, uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(sharedAddress(shared)), "r"(value)
+               : "memory");
+}
+
+__device__ void loadTiles(const WeightsContext &c, Stages &s, char *buffers, uint32_t nStages,
+                          int32_t *window) {
+  uint32_t loaded = 0, lane = threadIdx.x % kWarp;
+  bulkFence(); // what peers' bulk copies wrote before this call was acquired by ordinary loads
+  forTasks(c, blockIdx.x, gridDim.x, window, [&](int n, const Task &task, auto ready) {
+    for (int i = 0; i < n;) {
+      int end = ready(i);
+      if (end == i) return false;
+      for (; i < end; i++, loaded++) {
+        while (loaded - loadAcquireBlock(&s.nFreed) >= nStages) {
+        }
+        if (int(lane) != i) continue;
+        uint32_t stage = loaded % nStages;
+        s.tile[stage] = {task.to, task.raised, task.bytes};
+        if (task.awaited) bulkFence();
+        bulkLoad(buffers + stage * KERNEL_TILE_BYTES, task.from, task.bytes, &s.full[stage]);
+      }
+    }
+    return true;
+  });
+  __syncwarp();
+  if (lane != 0) return;
+  s.nTiles = loaded;
+  storeReleaseBlock(&s.isWhole, 1);
+}
+
+// A batch of stores: all but the newest kNewer batches have read their stages, and, where flags wait for
+// that, written; tells so. Every lane has at most one store in a batch.
+template <int kNewer>
+__device__ __forceinline__ void settleStores(Stages &s, uint32_t nFreed, uint32_t *raised, uint32_t call) {
+  bulkWaitRead<kNewer>();
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) storeReleaseBlock(&s.nFreed, nFreed);
+  if (!__any_sync(kFullWarp, raised != nullptr)) return;
+  bulkWaitWritten<kNewer>();
+  if (raised) storeReleaseSystem(raised, call);
+}
+
+__device__ void storeTiles(Stages &s, const char *buffers, uint32_t nStages, uint32_t call) {
+  uint32_t stored = 0, settled = 0, lane = threadIdx.x % kWarp;
+  uint32_t *raised = nullptr; // of the newest batch
+  for (;;) {
+    bool isWhole = __all_sync(kFullWarp, loadAcquireBlock(&s.isWhole)); // before the look at the barriers
+    uint32_t mine = stored + lane, stage = mine % nStages;
+    bool isHere = lane < nStages && barrierTest(&s.full[stage], mine / nStages & 1);
+    uint32_t n = __ffs(~__ballot_sync(kFullWarp, isHere)) - 1; // lanes of nStages and more are not here
+    if (n == 0 && settled < stored) {
+      settleStores<0>(s, stored, raised, call);
+      raised = nullptr;
+      settled = stored;
+    } else if (n > 0) {
+      if (lane < n) bulkStore(s.tile[stage].to, buffers + stage * KERNEL_TILE_BYTES, s.tile[stage].bytes);
+      bulkCommit();
+      uint32_t *newest = lane < n ? s.tile[stage].raised : nullptr;
+      if (settled < stored) settleStores<1>(s, stored, raised, call);
+      raised = newest;
+      settled = stored;
+      stored += n;
+    } else if (isWhole && stored == s.nTiles) {
+      break;
+    }
+  }
+  bulkWaitWritten();
+}
+
+__device__ void copyBulk(const WeightsContext &c, Stages &s, char *buffers, int nStages, int32_t *window) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < nStages; i++) barrierInit(&s.full[i]);
+    barrierInitFence();
+    s.nFreed = s.isWhole = 0;
+  }
+  __syncthreads();
+  int warp = threadIdx.x / kWarp;
+  if (warp == 0) loadTiles(c, s, buffers, nStages, window);
+  if (warp == 1) storeTiles(s, buffers, nStages, c.call);
+}
+#endif
+
+// ---- the kernel ----
+
+// Where every local instance's tensors are, for ultraepSegments_t. By one block.
+__device__ void fillPointers(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExperts_t &x) {
+  for (int t = 0; t < x.nWeights + x.nGrads; t++) {
+    int grad = t - x.nWeights;
+    const kernelTensor_t &tensor = grad < 0 ? x.weights[t] : x.grads[grad];
+    void **pointers = route.pointers + (grad < 0 ? t : KERNEL_MAX_TENSORS + grad) * g.nSegments;
+    for (int i = threadIdx.x; i < g.nSegments; i += blockDim.x) {
+      int slot = i - g.planner.perRank;
+      pointers[i] = slot < 0 ? tensor.master + size_t(i) * tensor.bytes
+                             : x.ownSlots + tensor.slotOffset + size_t(slot) * tensor.bytes;
+    }
+  }
+}
+
+template <bool kBulk>
+__global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
+    weightsKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
+                  const __grid_constant__ kernelExperts_t x, int nStages) {
+  extern __shared__ __align__(128) char weightsMemory[];
+  __shared__ int32_t windows[kPortableThreads];
+  if (g.state == nullptr) return;             // see loadKernels
+  if (route.status->code != kSuccess) return; // alike on every rank
+  if (!planHasReplicas(g, route)) {           // alike on every rank too: nobody need meet
+    if (blockIdx.x == 0) fillPointers(g, route, x);
+    return;
+  }
+  uint32_t call = g.state->calls + 1;
+  auto *chains = reinterpret_cast<Chain *>(weightsMemory + nStages * KERNEL_TILE_BYTES);
+  int nChains, other;
+  bool alive = openChains(g, route, x.check, call, KERNEL_PHASE_WEIGHTS, chains, &nChains, &other);
+  if (alive) {
+    if (blockIdx.x == 0) fillPointers(g, route, x);
+    WeightsContext c{g, x, chains, nChains, call};
+    if constexpr (kBulk) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      __shared__ Stages stages;
+      copyBulk(c, stages, weightsMemory, nStages, windows);
+#endif
+    } else {
+      copyPortable(c, windows);
+    }
+  }
+  if (alive && blockIdx.x == 0 && threadIdx.x == 0) {
+    unsigned long long bytes = 0, nHere = 0;
+    for (int t = 0; t < x.nWeights; t++) bytes += x.weights[t].bytes;
+    for (int i = 0; i < nChains; i++) nHere += chains[i].at > 0;
+    g.state->weightBytes += nHere * bytes;
+  }
+  closeExchange(g, route, x.check, call, KERNEL_PHASE_WEIGHTS, alive, other, patienceAtEnd(g));
+}
+
+cudaError_t loadWeightsKernels() {
+  return loadKernels({kernelAddress(weightsKernel<true>), kernelAddress(weightsKernel<false>)});
+}
+
+} // namespace ultraep
+
+int kernelWeightsLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
+                        const kernelExperts_t *experts, cudaStream_t stream) {
+  using namespace ultraep;
+  bool bulk = group->hasBulk;
+  size_t table = size_t(mostChains(group->planner)) * sizeof(Chain);
+  size_t room = size_t(group->sharedBytes) - kWeightsStatic - table;
+  int nStages = bulk ? int(std::min<size_t>(kMaxStages, room / KERNEL_TILE_BYTES)) : 0;
+  size_t bytes = size_t(nStages) * KERNEL_TILE_BYTES + table;
+  int64_t wanted = int64_t(experts->nWeightTiles) * std::max(1, mostChains(group->planner));
+  int nBlocks = int(std::min<int64_t>(group->nBlocks, wanted));
+  auto kernel = bulk ? weightsKernel<true> : weightsKernel<false>;
+  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
+                       const_cast<kernelExperts_t *>(experts), &nStages};
+  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(bulk ? kBulkThreads : kPortableThreads),
+                          arguments, bytes, stream);
+}

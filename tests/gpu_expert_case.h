@@ -1,0 +1,67 @@
+/* One rank's experts on both backends: registration, the calls, and comparisons bit for bit. */
+#ifndef ULTRAEP_TESTS_GPU_EXPERT_CASE_H_
+#define ULTRAEP_TESTS_GPU_EXPERT_CASE_H_
+
+#include "gpu_case.h"
+
+#define GPU_EXPERT_TENSORS (2 * ULTRAEP_MAX_TENSORS)
+#define GPU_EXPERT_GRAPHS 2
+#define GPU_EXPERT_SEGMENTS 512
+
+typedef struct {
+  gpuShape_t shape;
+  int nWeights, nGrads, nLayers, nSteps;
+  size_t bytes[GPU_EXPERT_TENSORS]; /* weights, then gradients */
+  int32_t types[GPU_EXPERT_TENSORS];
+  gpuLoads_t loads;
+  bool isPortable; /* without bulk copies, as before sm_90 */
+  bool usesGraphs; /* calls are replayed */
+  bool repeats;    /* the same inputs in every step */
+} gpuExperts_t;
+
+/* One backend's part of a rank. */
+typedef struct {
+  gpuSide_t side;
+  unsigned char *masters; /* symmetric: [layer][tensor][local expert][bytes] */
+  unsigned char *grads[ULTRAEP_MAX_TENSORS];
+} gpuExpertSide_t;
+
+typedef struct {
+  gpuExpertSide_t host, device;
+  gpuData_t data;
+  unsigned char *buffer;                     /* of the largest tensor */
+  cudaGraphExec_t graphs[GPU_EXPERT_GRAPHS]; /* update and sync; reduction */
+  planner_random_t random, choices;
+} gpuExpertRank_t;
+
+/* A route's segments with all arrays on the host. */
+typedef struct {
+  int n;
+  int32_t expert[GPU_EXPERT_SEGMENTS];
+  unsigned char *tensors[GPU_EXPERT_TENSORS][GPU_EXPERT_SEGMENTS]; /* in memory of the route's backend */
+} gpuPlaces_t;
+
+/* Local experts of a rank. */
+int gpu_experts_local(const gpuExperts_t *x, const gpuWorld_t *world);
+/* The bytes of one expert's tensor, which differ by layer, tensor and expert. */
+void gpu_experts_fill(unsigned char *to, size_t bytes, int layer, int tensor, int expert);
+/* A layer as it is registered; its number is 3 * layer. */
+ultraepExperts_t gpu_experts_of(const gpuExperts_t *x, const gpuExpertSide_t *side, int nLocal, int layer);
+
+/* Collective: makes groups, layers, inputs and graphs. */
+const char *gpu_experts_make(gpuWorld_t *world, const gpuExperts_t *x, int rank, gpuExpertRank_t *made);
+const char *gpu_experts_free(gpuWorld_t *world, gpuExpertRank_t *rank);
+
+/* Enqueues an update and a sync on the device's route. */
+const char *gpu_experts_forward(const gpuExperts_t *x, const gpuExpertSide_t *side, int layer,
+                                cudaStream_t stream);
+/* Update, sync and reduction on both backends with new inputs, all results compared. */
+const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int number, gpuExpertRank_t *rank);
+const char *gpu_experts_compare_counters(const gpuExpertRank_t *rank);
+const char *gpu_experts_places(const gpuExperts_t *x, ultraepRoute_t route, bool onDevice,
+                               cudaStream_t stream, gpuPlaces_t *p);
+
+/* One hot expert on eight ranks: the longest chain, all ranks in it. */
+gpuExperts_t gpu_experts_hot(void);
+
+#endif
