@@ -296,7 +296,8 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   if (result != ultraepSuccess) goto free_self;
   if (own == ultraepSuccess) own = group_prepare(&made, self, config);
   result = group_agree_config(self, config, own);
-  if (result == ultraepSuccess) result = nccl_region_open(made, NULL, self->windowBytes, true, &self->window);
+  if (result != ultraepSuccess || !made) goto free_group;
+  result = nccl_region_open(made, NULL, self->windowBytes, true, &self->window);
   if (result != ultraepSuccess) goto free_group;
   self->kernel.windows = self->window.devicePeers;
   made->windowBytes = (int64_t)self->windowBytes;

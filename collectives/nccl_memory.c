@@ -110,7 +110,10 @@ ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, 
   return ultraepSuccess;
 
 close_region:
-  if (!self->isStuck) nccl_region_close(self, &made, !ptr); /* else NCCL may still be using it */
+  if (!self->isStuck)
+    nccl_region_close(self, &made, !ptr);
+  else
+    free(made.peers); /* NCCL may still be using the rest */
   return result;
 }
 

@@ -136,6 +136,9 @@ int benchRankOpenGroup(benchRank_t *rank) {
   if (created != ultraepSuccess) return benchRankFailCall(rank, "making the group", created);
   BENCH_CALL(rank, ultraepRouteCreate(rank->group, &rank->route));
   if (bench_symmetric_make(rank, &rank->rows, maxRows * run->shape.bytes, check) != 0) return -1;
+  /* On GPUs also the stream's first kernel with this memory mapped, while no peer's kernel waits yet. */
+  if (run->ops->mirrored && run->ops->fill(rank, rank->rows.own, 0, maxRows * run->shape.bytes) != 0)
+    return -1;
   rank->rowsOut = rank->rows;
   if (run->scaleBytes > 0) {
     rank->rowsOut = (benchMemory_t){NULL, NULL};

@@ -116,7 +116,7 @@ const char *gpu_experts_make(gpuWorld_t *world, const gpuExperts_t *x, int rank,
   RANK_DO(gpu_data_make(&x->shape, rank, made->device.side.nRows, true, &made->data));
   for (int t = 0; t < x->nWeights + x->nGrads; t++)
     if (x->bytes[t] > largest) largest = x->bytes[t];
-  RANK_CHECK(made->buffer = malloc(largest), "no memory");
+  RANK_CHECK(made->buffer = malloc(largest + 1), "no memory");
   for (int layer = 0; layer < x->nLayers; layer++)
     for (int t = 0; t < x->nWeights; t++)
       for (int e = 0; e < nLocal; e++)
