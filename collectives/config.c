@@ -10,6 +10,8 @@
 #define DEFAULT_BYTES_PER_ROW_SECOND                                                                         \
   600e12 /* one flop a byte of bf16 weights; fp8: half the bytes, twice the rate */
 #define PICOSECONDS 1e12
+#define DISPATCH_MEMORY_BYTES_PER_SECOND 3e12 /* an H100's memory, reads and writes */
+#define DISPATCH_ONCE_SECONDS 10e-6           /* a meeting of all ranks more, before the copies */
 
 /* ---- data types ---- */
 
@@ -279,6 +281,18 @@ static double config_gate_rows(const ultraepConfig_t *config, int nRanks) {
   if (config->expertBytes < 0) rates.rowSeconds = 0;
   config_costs(&rates, NULL, &work, &row, &copy);
   return row > 0 ? ceil(copies * copy / row) : INFINITY;
+}
+
+int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks) {
+  if (config->dispatchMode != ULTRAEP_DISPATCH_AUTO) return config->dispatchMode;
+  if (config->linkBytesPerSecond <= 0) return ULTRAEP_DISPATCH_DIRECT;
+  /* Ranks that a token goes to, if every rank is as likely as another for each of its rows. */
+  double topK = config->topK, ranks = nRanks * (1 - pow(1 - 1.0 / nRanks, topK)), peers = 1 - 1.0 / nRanks;
+  double bytes = (double)config->maxTokens * config->hidden * (double)config_type_bytes(config->dataType);
+  double direct = bytes * topK * peers / config->linkBytesPerSecond;
+  double once = bytes * ranks * peers / config->linkBytesPerSecond +
+                2 * bytes * (topK - ranks) / DISPATCH_MEMORY_BYTES_PER_SECOND + DISPATCH_ONCE_SECONDS;
+  return once < direct ? ULTRAEP_DISPATCH_ONCE : ULTRAEP_DISPATCH_DIRECT;
 }
 
 int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks) {

@@ -33,6 +33,8 @@ typedef struct {
  * else the default. measured may be null; experts is the registered shape, or null. */
 void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
                  const ultraepExperts_t *experts, ultraepPlannerConfig_t *planner);
+/* For a checked config: what ULTRAEP_DISPATCH_AUTO means on GPUs; another mode stands. */
+int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks);
 /* For a checked config: the rows a rank may receive, padding included. */
 int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks);
 

@@ -273,6 +273,7 @@ static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, co
                                       config->domainRanks ? config->domainRanks : self->nRanks);
   if (result != ultraepSuccess) return result;
   made->impl = self;
+  made->config.dispatchMode = config_dispatch_mode(config, self->nRanks);
   group_set_kernel(made);
   group_lay_out_window(made);
   result = group_look_at_device(made);

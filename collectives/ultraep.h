@@ -80,7 +80,10 @@ typedef enum {
 } ultraepDirection_t;
 
 typedef enum {
-  ULTRAEP_DISPATCH_AUTO = 0,   /* chosen from the group's rates; both modes give bitwise the same rows */
+  /* Chosen when the group is made; both modes give bitwise the same rows. ONCE on the NCCL backend where
+   * config.linkBytesPerSecond is given and so far below a GPU's memory that sending less over the link is
+   * worth the copies at the destination, at maxTokens tokens; else DIRECT. */
+  ULTRAEP_DISPATCH_AUTO = 0,
   ULTRAEP_DISPATCH_DIRECT = 1, /* every row straight to its place */
   ULTRAEP_DISPATCH_ONCE =
       2 /* one row per (token, destination rank) over the link, copied on at the destination */
@@ -128,8 +131,8 @@ typedef struct {
    * before. Registered weights alone (inference) count as they are; with gradients a row counts three times
    * (forward, and both gradients), and a copy is weights for forward, again for backward, and gradients. */
   int64_t expertBytes;
-  double linkBytesPerSecond; /* rate at which one rank sends weights; 0: 400e9, an H100's NVLink in one
-                                direction */
+  double linkBytesPerSecond; /* rate at which one rank sends; 0: for the gate 400e9, an H100's NVLink in one
+                                direction, and ULTRAEP_DISPATCH_AUTO is DIRECT */
   double rowSeconds;    /* time one assignment costs its rank; 0: weights / 600e12 (one flop a byte at bf16
                            rates), and the row over the link there and back */
   int32_t dispatchMode; /* ultraepDispatchMode_t */

@@ -271,6 +271,33 @@ static void test_config_rows(void **state) {
 }
 
 /* Every field counts when ranks compare their configs. */
+/* Over a slow link a row goes once, where it counts; a mode that is given stands. */
+static void test_config_dispatch_mode(void **state) {
+  (void)state;
+  ultraepConfig_t config = host_config();
+  config.topK = 8;
+  config.maxTokens = 4096;
+  config.hidden = 7168;
+  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT); /* no rate is given */
+  config.linkBytesPerSecond = 450e9;
+  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_ONCE);
+  config.dispatchMode = ULTRAEP_DISPATCH_DIRECT;
+  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  config.dispatchMode = ULTRAEP_DISPATCH_AUTO;
+  assert_int_equal(config_dispatch_mode(&config, 1), ULTRAEP_DISPATCH_DIRECT);
+  config.maxTokens = 8; /* too few for another meeting */
+  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  config.maxTokens = 4096;
+  config.topK = 1; /* nothing to save */
+  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  config.topK = 8;
+  config.linkBytesPerSecond = 3e12; /* memory is the link */
+  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  config.linkBytesPerSecond = 450e9;
+  config.dispatchMode = ULTRAEP_DISPATCH_ONCE;
+  assert_int_equal(config_dispatch_mode(&config, 1), ULTRAEP_DISPATCH_ONCE);
+}
+
 static void test_config_difference(void **state) {
   (void)state;
   ultraepConfig_t a = host_config();
@@ -307,10 +334,10 @@ static void test_config_difference(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_config_header),     cmocka_unit_test(test_config_ranges),
-      cmocka_unit_test(test_config_cost),       cmocka_unit_test(test_config_gate),
-      cmocka_unit_test(test_group_gate),        cmocka_unit_test(test_config_rows),
-      cmocka_unit_test(test_config_difference),
+      cmocka_unit_test(test_config_header),        cmocka_unit_test(test_config_ranges),
+      cmocka_unit_test(test_config_cost),          cmocka_unit_test(test_config_gate),
+      cmocka_unit_test(test_group_gate),           cmocka_unit_test(test_config_rows),
+      cmocka_unit_test(test_config_dispatch_mode), cmocka_unit_test(test_config_difference),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
