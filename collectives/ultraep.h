@@ -36,11 +36,11 @@
  * backend enqueues on `stream` and returns; the host backend has done the work when the call returns, and
  * ignores `stream`. A group's calls on several streams must be put in order by the caller, with events.
  *
- * CUDA graphs (NCCL backend): updates, dispatches, combines, syncs and reductions can be captured, and replayed
- * as often as wanted, with other routing in the same arrays, between other calls. Each replay counts as those
- * calls in the order of its stream, on every rank. What a replay meets is told by ultraepGroupStatus. The
- * library does not know of replays: they must have ended before ultraepGroupCounters, ultraepRoutePlan,
- * ultraepMemFree and the destroying calls.
+ * CUDA graphs (NCCL backend): updates, dispatches, combines, syncs and reductions can be captured, and
+ * replayed as often as wanted, with other routing in the same arrays, between other calls. Each replay counts
+ * as those calls in the order of its stream, on every rank. What a replay meets is told by
+ * ultraepGroupStatus. The library does not know of replays: they must have ended before ultraepGroupCounters,
+ * ultraepRoutePlan, ultraepMemFree and the destroying calls.
  */
 #ifndef ULTRAEP_H_
 #define ULTRAEP_H_
