@@ -1,6 +1,7 @@
 /* The device planner gives the host planner's plans, bit for bit. */
 #include "kernels.h"
 #include "planner_common.h"
+#include "zipf.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -24,26 +25,46 @@ static kernelPlanner_t device_planner(const ultraepPlannerConfig_t *config) {
                            .copyPs = config->copyPs};
 }
 
-/* Plans on the device and compares with the host's plan. */
-static void check_equal(const planner_case_t *made, const ultraepPlan_t *plan, int32_t number) {
-  size_t nRanks = (size_t)plan->nRanks, nExperts = (size_t)plan->nExperts,
-         slots = nRanks * (size_t)plan->nSlots;
-  int32_t *loads = NULL, *slotExpert = malloc(slots * sizeof(int32_t) + 1);
+/* A problem and its plan in device memory. */
+typedef struct {
+  kernelPlanner_t planner;
+  int32_t *loads;
+  kernelPlan_t plan;
+} device_t;
+
+static device_t device_make(const ultraepPlannerConfig_t *config, const int32_t *loads) {
+  size_t matrix = (size_t)config->nRanks * (size_t)config->nExperts * sizeof(int32_t);
+  size_t slots = (size_t)config->nRanks * (size_t)config->nSlots;
+  device_t made = {.planner = device_planner(config)};
+  GPU_OK(cudaMalloc((void **)&made.loads, matrix));
+  GPU_OK(cudaMalloc((void **)&made.plan.slotExpert, slots * sizeof(int32_t) + 16));
+  GPU_OK(cudaMalloc((void **)&made.plan.slotQuota, slots * sizeof(int64_t) + 16));
+  GPU_OK(cudaMalloc((void **)&made.plan.masterQuota, (size_t)config->nExperts * sizeof(int64_t)));
+  GPU_OK(cudaMalloc((void **)&made.plan.summary, KERNEL_SUMMARY_WORDS * sizeof(int64_t)));
+  GPU_OK(cudaMemcpy(made.loads, loads, matrix, cudaMemcpyHostToDevice));
+  return made;
+}
+
+static void device_free(device_t *device) {
+  GPU_OK(cudaFree(device->loads));
+  GPU_OK(cudaFree(device->plan.slotExpert));
+  GPU_OK(cudaFree(device->plan.slotQuota));
+  GPU_OK(cudaFree(device->plan.masterQuota));
+  GPU_OK(cudaFree(device->plan.summary));
+}
+
+/* Whether the device's plan is the host's. */
+static void check_plan(const device_t *device, const ultraepPlan_t *plan, const char *what, int number) {
+  size_t nExperts = (size_t)plan->nExperts, slots = (size_t)plan->nRanks * (size_t)plan->nSlots;
+  int32_t *slotExpert = malloc(slots * sizeof(int32_t) + 1);
   int64_t *slotQuota = malloc(slots * sizeof(int64_t) + 1), *masterQuota = malloc(nExperts * sizeof(int64_t));
   int64_t summary[KERNEL_SUMMARY_WORDS];
-  kernelPlan_t device = {0};
-  kernelPlanner_t planner = device_planner(&made->config);
-  GPU_OK(cudaMalloc((void **)&loads, nRanks * nExperts * sizeof(int32_t)));
-  GPU_OK(cudaMalloc((void **)&device.slotExpert, slots * sizeof(int32_t) + 16));
-  GPU_OK(cudaMalloc((void **)&device.slotQuota, slots * sizeof(int64_t) + 16));
-  GPU_OK(cudaMalloc((void **)&device.masterQuota, nExperts * sizeof(int64_t)));
-  GPU_OK(cudaMalloc((void **)&device.summary, sizeof(summary)));
-  GPU_OK(cudaMemcpy(loads, made->loads, nRanks * nExperts * sizeof(int32_t), cudaMemcpyHostToDevice));
-  GPU_OK((cudaError_t)kernelPlanLaunch(&planner, loads, device, NULL));
-  GPU_OK(cudaMemcpy(slotExpert, device.slotExpert, slots * sizeof(int32_t), cudaMemcpyDeviceToHost));
-  GPU_OK(cudaMemcpy(slotQuota, device.slotQuota, slots * sizeof(int64_t), cudaMemcpyDeviceToHost));
-  GPU_OK(cudaMemcpy(masterQuota, device.masterQuota, nExperts * sizeof(int64_t), cudaMemcpyDeviceToHost));
-  GPU_OK(cudaMemcpy(summary, device.summary, sizeof(summary), cudaMemcpyDeviceToHost));
+  const enum cudaMemcpyKind kind = cudaMemcpyDeviceToHost;
+  assert_true(slotExpert && slotQuota && masterQuota);
+  GPU_OK(cudaMemcpy(slotExpert, device->plan.slotExpert, slots * sizeof(int32_t), kind));
+  GPU_OK(cudaMemcpy(slotQuota, device->plan.slotQuota, slots * sizeof(int64_t), kind));
+  GPU_OK(cudaMemcpy(masterQuota, device->plan.masterQuota, nExperts * sizeof(int64_t), kind));
+  GPU_OK(cudaMemcpy(summary, device->plan.summary, sizeof(summary), kind));
   bool same = summary[KERNEL_SUMMARY_MAX_PLANNED] == plan->maxPlanned &&
               summary[KERNEL_SUMMARY_REPLICAS] == plan->nReplicas &&
               summary[KERNEL_SUMMARY_TARGET] == plan->target;
@@ -54,17 +75,19 @@ static void check_equal(const planner_case_t *made, const ultraepPlan_t *plan, i
   }
   for (size_t e = 0; e < nExperts; e++) same = same && masterQuota[e] == plan->instances[e].quota;
   if (!same)
-    fail_msg("case %d (R %d E %d S %d D %d): device plan differs: max %lld, host %lld", number, plan->nRanks,
-             plan->nExperts, plan->nSlots, made->config.nDomainRanks,
+    fail_msg("%s %d (R %d E %d S %d D %d): device plan differs: max %lld, host %lld", what, number,
+             plan->nRanks, plan->nExperts, plan->nSlots, device->planner.nDomainRanks,
              (long long)summary[KERNEL_SUMMARY_MAX_PLANNED], (long long)plan->maxPlanned);
-  GPU_OK(cudaFree(loads));
-  GPU_OK(cudaFree(device.slotExpert));
-  GPU_OK(cudaFree(device.slotQuota));
-  GPU_OK(cudaFree(device.masterQuota));
-  GPU_OK(cudaFree(device.summary));
   free(slotExpert);
   free(slotQuota);
   free(masterQuota);
+}
+
+static void check_equal(const planner_case_t *made, const ultraepPlan_t *plan, int32_t number) {
+  device_t device = device_make(&made->config, made->loads);
+  GPU_OK((cudaError_t)kernelPlanLaunch(&device.planner, device.loads, device.plan, NULL));
+  check_plan(&device, plan, "case", number);
+  device_free(&device);
 }
 
 static void check_cases(uint64_t seed, int32_t n, planner_case_limits_t limits) {
@@ -90,8 +113,82 @@ static void test_large(void **state) {
   check_cases(32, 100, (planner_case_limits_t){128, 32, 8});
 }
 
+/* ---- made-up loads of 64 ranks, and how long the planner takes for them (reported, not judged) ---- */
+
+enum { PLANS = 20, ROUNDS = 21, WARM_ROUNDS = 200 };
+
+static int compare_floats(const void *a, const void *b) {
+  float x = *(const float *)a, y = *(const float *)b;
+  return (x > y) - (x < y);
+}
+
+/* Microseconds of one plan: median over rounds of a graph of PLANS of them. */
+static double time_plans(const device_t *device) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  cudaEvent_t begin, end;
+  float ms[ROUNDS];
+  GPU_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  GPU_OK(cudaEventCreate(&begin));
+  GPU_OK(cudaEventCreate(&end));
+  GPU_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < PLANS; i++)
+    GPU_OK((cudaError_t)kernelPlanLaunch(&device->planner, device->loads, device->plan, stream));
+  GPU_OK(cudaStreamEndCapture(stream, &graph));
+  GPU_OK(cudaGraphInstantiate(&exec, graph, 0));
+  for (int i = 0; i < WARM_ROUNDS; i++) GPU_OK(cudaGraphLaunch(exec, stream));
+  for (int i = 0; i < ROUNDS; i++) {
+    GPU_OK(cudaEventRecord(begin, stream));
+    GPU_OK(cudaGraphLaunch(exec, stream));
+    GPU_OK(cudaEventRecord(end, stream));
+    GPU_OK(cudaEventSynchronize(end));
+    GPU_OK(cudaEventElapsedTime(&ms[i], begin, end));
+  }
+  qsort(ms, ROUNDS, sizeof(ms[0]), compare_floats);
+  GPU_OK(cudaGraphExecDestroy(exec));
+  GPU_OK(cudaGraphDestroy(graph));
+  GPU_OK(cudaEventDestroy(begin));
+  GPU_OK(cudaEventDestroy(end));
+  GPU_OK(cudaStreamDestroy(stream));
+  return 1e3 * (double)ms[ROUNDS / 2] / PLANS;
+}
+
+static void check_zipf(double ratio, double tolerance) {
+  enum { RANKS = 64, EXPERTS = 256, TOPK = 8, TOKENS = 8192 };
+  ultraepPlannerConfig_t config = {
+      .nRanks = RANKS, .nExperts = EXPERTS, .nSlots = 2, .tolerancePpm = (uint32_t)(tolerance * 1e6 + 0.5)};
+  static int32_t loads[RANKS * EXPERTS];
+  size_t bytes = 0;
+  zipf_t *zipf = NULL;
+  perfError_t error;
+  ultraepPlan_t plan;
+  assert_int_equal(zipfCreate(&zipf, RANKS, EXPERTS, TOPK, ratio, &error), 0);
+  zipfLoads(zipf, 1, 0, TOKENS, loads);
+  zipfDestroy(zipf);
+  assert_int_equal(ultraepPlannerWorkspaceSize(&config, &bytes), ultraepSuccess);
+  void *workspace = aligned_alloc(64, (bytes + 63) / 64 * 64);
+  assert_non_null(workspace);
+  assert_int_equal(ultraepPlannerRun(&config, loads, workspace, bytes, &plan), ultraepSuccess);
+  device_t device = device_make(&config, loads);
+  double us = time_plans(&device);
+  check_plan(&device, &plan, "zipf", (int)ratio);
+  print_message("%d ranks, %d experts, 2 slots, zipf %.1f, tolerance %g: %.2f us a plan, %d replicas\n",
+                RANKS, EXPERTS, ratio, tolerance, us, plan.nReplicas);
+  device_free(&device);
+  free(workspace);
+}
+
+static void test_zipf(void **state) {
+  (void)state;
+  static const double ratios[] = {1.5, 2, 4, 8}, tolerances[] = {0, 0.0005, 0.01};
+  for (size_t t = 0; t < sizeof(tolerances) / sizeof(tolerances[0]); t++)
+    for (size_t i = 0; i < sizeof(ratios) / sizeof(ratios[0]); i++) check_zipf(ratios[i], tolerances[t]);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_small), cmocka_unit_test(test_large)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_small), cmocka_unit_test(test_large),
+                                     cmocka_unit_test(test_zipf)};
   GPU_REQUIRE();
   return cmocka_run_group_tests_name("gpu_planner", tests, NULL, NULL);
 }
