@@ -123,7 +123,6 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     combineKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                   const __grid_constant__ kernelExchange_t x) {
   extern __shared__ __align__(16) char memory[];
-  if (g.state == nullptr) return;             // see loadKernels
   if (route.status->code != kSuccess) return; // alike on every rank
   auto *bases = reinterpret_cast<const char **>(memory);
   uint32_t call = g.state->calls + 1;

@@ -116,11 +116,9 @@ __device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &ro
 // openExchange.
 __device__ inline bool openChains(const kernelGroup_t &g, const kernelRoute_t &route, uint32_t check,
                                   uint32_t call, int32_t phase, Chain *chains, int *nChains, int *other) {
-  int kind = KERNEL_FLAG_OPEN + int(call & 1);
-  if (blockIdx.x == 0) raiseFlags(g, kind, call, check);
+  raiseOpen(g, check, call);
   *nChains = findChains(g, route, chains); // while the others come
-  bool alive = waitFlags(g, kind, call, phase, check, other);
-  return alive && *other < 0;
+  return waitOpen(g, check, call, phase, other);
 }
 
 // ---- tiles ----
@@ -147,15 +145,6 @@ __device__ __forceinline__ char *slotAddress(const kernelExperts_t &x, const ker
 __device__ __forceinline__ uint32_t *tileFlag(const kernelExperts_t &x, Place place, int number) {
   return reinterpret_cast<uint32_t *>(x.slots[place.rank] + x.flagsOffset) + size_t(place.slot) * x.nFlags +
          number;
-}
-
-__device__ __forceinline__ uint32_t loadAcquireSystem(const uint32_t *at) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeReleaseSystem(uint32_t *at, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
 }
 
 // ---- bounded waits ----

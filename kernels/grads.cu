@@ -209,7 +209,6 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
     gradsKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                 const __grid_constant__ kernelExperts_t x) {
   extern __shared__ __align__(16) char gradsMemory[];
-  if (g.state == nullptr) return;             // see loadKernels
   if (route.status->code != kSuccess) return; // alike on every rank
   if (!planHasReplicas(g, route)) return;     // alike on every rank too: nobody need meet
   uint32_t call = g.state->calls + 1;

@@ -96,7 +96,7 @@ typedef struct {
 /* Device memory of one rank that only its own kernels touch. All zero at first. */
 typedef struct {
   uint32_t calls;                                 /* collective calls that have finished */
-  uint32_t arrived[4];                            /* blocks at each barrier of the kernel that runs */
+  uint32_t arrived[2];                            /* blocks at each barrier of the kernel that runs */
   uint32_t left;                                  /* blocks that have finished */
   uint32_t badEntry;                              /* the route under way met an expert out of range */
   int32_t failed;                                 /* ultraepResult_t once the group has failed */

@@ -30,6 +30,14 @@ __device__ __forceinline__ uint64_t loadAcquireSystem(const uint64_t *at) {
 __device__ __forceinline__ void storeReleaseSystem(uint64_t *at, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
+__device__ __forceinline__ uint32_t loadAcquireSystem(const uint32_t *at) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void storeReleaseSystem(uint32_t *at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
 __device__ __forceinline__ uint32_t loadAcquireDevice(const uint32_t *at) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
@@ -147,7 +155,7 @@ __device__ inline bool lastBlockOut(const kernelGroup_t &g) {
 
 // What the last block of a kernel does at its end: the counters are ready for the next kernel.
 __device__ inline void resetState(const kernelGroup_t &g, uint32_t call) {
-  for (int i = 0; i < 4; i++) g.state->arrived[i] = 0;
+  for (uint32_t &blocks : g.state->arrived) blocks = 0;
   g.state->left = 0;
   g.state->calls = call;
 }
@@ -207,15 +215,21 @@ __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call
   return all;
 }
 
-// The opening of a dispatch or combine: this rank is ready, and so is every other. True when rows may move.
-// *other is the lowest rank in another call or with other places, -1 if none: all ranks see a difference
-// alike, and none goes on.
+// The opening of a call: this rank is in it, and so is every other. The second half is true when rows may
+// move; *other is the lowest rank in another call or with other places, -1 if none: all ranks see a
+// difference alike, and none goes on.
+__device__ inline void raiseOpen(const kernelGroup_t &g, uint32_t check, uint32_t call) {
+  if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_OPEN + int(call & 1), call, check);
+}
+__device__ inline bool waitOpen(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
+                                int *other) {
+  bool alive = waitFlags(g, KERNEL_FLAG_OPEN + int(call & 1), call, phase, check, other);
+  return alive && *other < 0;
+}
 __device__ inline bool openExchange(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
                                     int *other) {
-  int kind = KERNEL_FLAG_OPEN + int(call & 1);
-  if (blockIdx.x == 0) raiseFlags(g, kind, call, check);
-  bool alive = waitFlags(g, kind, call, phase, check, other);
-  return alive && *other < 0;
+  raiseOpen(g, check, call);
+  return waitOpen(g, check, call, phase, other);
 }
 
 // The end: the last block says that this rank is done and waits for the others (`raise`), tells a difference

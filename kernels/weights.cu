@@ -268,7 +268,6 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
                   const __grid_constant__ kernelExperts_t x, int nStages) {
   extern __shared__ __align__(128) char weightsMemory[];
   __shared__ int32_t windows[kPortableThreads];
-  if (g.state == nullptr) return;             // see loadKernels
   if (route.status->code != kSuccess) return; // alike on every rank
   if (!planHasReplicas(g, route)) {           // alike on every rank too: nobody need meet
     if (blockIdx.x == 0) fillPointers(g, route, x);

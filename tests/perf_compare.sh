@@ -4,8 +4,8 @@
 # usage: perf_compare.sh PERF_COMPARE
 set -euo pipefail
 compare=$1
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# shellcheck source=perf_common.sh
+. "$(dirname "$0")/perf_common.sh"
 cd "$work"
 
 fail() {

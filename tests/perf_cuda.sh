@@ -4,14 +4,10 @@
 # usage: perf_cuda.sh ULTRAEP_PERF
 set -euo pipefail
 perf=$1
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# shellcheck source=perf_common.sh
+. "$(dirname "$0")/perf_common.sh"
 cd "$work"
 
-fail() {
-  echo "perf_cuda.sh: $*" >&2
-  exit 1
-}
 small=(-B cuda -t 4 --experts 16 --topk 3 --tokens 40 --skew 2 --hidden 256 -n 2 -w 1)
 
 if ! "$perf" "${small[@]}" > out 2> err; then

@@ -6,20 +6,10 @@ set -euo pipefail
 moe=$1
 corrupt=$2
 eighths=$3
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# shellcheck source=perf_common.sh
+. "$(dirname "$0")/perf_common.sh"
 cd "$work"
 
-fail() {
-  echo "perf_moe.sh: $*" >&2
-  exit 1
-}
-status() {
-  local wanted=$1 got=0
-  shift
-  "$@" > out 2> err || got=$?
-  [ "$got" = "$wanted" ] || fail "exit status $got instead of $wanted: $* ($(head -c 300 err) $(grep -v '^#' out | head -n 3))"
-}
 # runs RECORDS OPTIONS...: three lines a record, the balanced ones equal to the bit.
 runs() {
   local records=$1

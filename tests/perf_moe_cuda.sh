@@ -4,14 +4,10 @@
 # usage: perf_moe_cuda.sh ULTRAEP_MOE
 set -euo pipefail
 moe=$1
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# shellcheck source=perf_common.sh
+. "$(dirname "$0")/perf_common.sh"
 cd "$work"
 
-fail() {
-  echo "perf_moe_cuda.sh: $*" >&2
-  exit 1
-}
 small=(-B cuda -t 4 --experts 16 --topk 3 --tokens 200 --skew 2 --hidden 256 --inter 128 -n 2 -w 1)
 
 if ! "$moe" "${small[@]}" > out 2> err; then

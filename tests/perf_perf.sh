@@ -4,20 +4,10 @@
 set -euo pipefail
 perf=$1
 corrupt=$2
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# shellcheck source=perf_common.sh
+. "$(dirname "$0")/perf_common.sh"
 cd "$work"
 
-fail() {
-  echo "perf_perf.sh: $*" >&2
-  exit 1
-}
-status() {
-  local wanted=$1 got=0
-  shift
-  "$@" > out 2> err || got=$?
-  [ "$got" = "$wanted" ] || fail "exit status $got instead of $wanted: $* ($(head -c 300 err) $(grep 'first fault' out))"
-}
 # runs LINES OPTIONS...: LINES result lines, each with #wrong 0.
 runs() {
   local lines=$1

@@ -5,21 +5,10 @@ set -euo pipefail
 plan=$1
 check=$2
 traces=${ULTRAEP_TRACES:-${3:-}}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+# shellcheck source=perf_common.sh
+. "$(dirname "$0")/perf_common.sh"
 cd "$work"
 
-fail() {
-  echo "perf_plan.sh: $*" >&2
-  exit 1
-}
-# status WANTED COMMAND...: runs, output to out and err.
-status() {
-  local wanted=$1 got=0
-  shift
-  "$@" > out 2> err || got=$?
-  [ "$got" = "$wanted" ] || fail "exit status $got instead of $wanted: $* ($(head -c 300 err))"
-}
 
 # A trace of 2 layers, 8 sources, 32 experts, and one summed over its sources, with skews that move about.
 awk 'BEGIN {
