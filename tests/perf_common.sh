@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Read by the tests of the tools in perf/: a folder of their own to work in, and how they fail.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
