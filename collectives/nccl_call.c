@@ -54,10 +54,12 @@ static void *call_thread(void *argument) {
   call_t *call = argument;
   (void)cudaSetDevice(call->device);
   int result = call->run(call->nccl, call->comm, call->argument);
-  while (result == NCCL_IN_PROGRESS && !call_is_abandoned(call)) { /* the communicator does not block */
-    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+  /* A communicator that does not block may have said success before it is done. */
+  while ((result == 0 || result == NCCL_IN_PROGRESS) && !call_is_abandoned(call)) {
     int status = call->nccl->CommGetAsyncError(call->comm, &result);
     if (status != 0) result = status;
+    if (result != NCCL_IN_PROGRESS) break;
+    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
   }
   (void)pthread_mutex_lock(&call->lock);
   call->result = result;

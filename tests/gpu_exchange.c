@@ -21,6 +21,8 @@ typedef struct {
   bool fused; /* the first update; then by turns */
 } exchange_t;
 
+static int mostTokens = 4096; /* of every tenth shape */
+
 static exchange_t exchange_make(planner_random_t *random, int nRanks, int number) {
   static const int hiddens[] = {16, 64, 208, 1024, 4096, 7168, 8192};
   static const int perRank[] = {1, 2, 3, 8, 32, 128};
@@ -33,11 +35,13 @@ static exchange_t exchange_make(planner_random_t *random, int nRanks, int number
   c->nSlots = planner_random_below(random, 5);
   c->alignment = planner_random_below(random, 2) ? 1 : 1 << planner_random_below(random, 8);
   c->scaleBytes = planner_random_below(random, 3) ? 0 : 4 * (1 + planner_random_below(random, 56));
-  c->maxTokens = number % 10 == 0 ? 4096 : 1 + planner_random_below(random, 600);
-  if (c->maxTokens == 4096 && c->hidden > 208) c->hidden = 208; /* capacity is the worst case: gigabytes */
+  c->maxTokens =
+      number % 10 == 0 ? mostTokens : 1 + planner_random_below(random, mostTokens < 600 ? mostTokens : 600);
+  if (c->maxTokens == mostTokens && c->hidden > 208)
+    c->hidden = 208; /* capacity is the worst case: gigabytes */
   /* Much memory takes time and finds nothing. */
   int64_t rows = (int64_t)nRanks * c->topK, bytes = rows * c->hidden * 4;
-  if (c->maxTokens < 4096 && c->maxTokens * bytes > MOST_BYTES)
+  if (c->maxTokens < mostTokens && c->maxTokens * bytes > MOST_BYTES)
     c->maxTokens = (int32_t)(MOST_BYTES / bytes) + 1;
   c->dispatchMode = planner_random_below(random, 3);
   c->combineMode = planner_random_below(random, 4) == 0;
@@ -122,12 +126,14 @@ static void test_eight(void **state) {
   check_ranks(8);
 }
 
-/* Optional argument: shapes for each number of ranks (fewer under a checker). */
+/* Optional arguments: shapes for each number of ranks, and the most tokens of a rank (fewer under a checker).
+ */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_two), cmocka_unit_test(test_four),
                                      cmocka_unit_test(test_eight)};
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
   if (argc > 1) nShapes = atoi(argv[1]);
+  if (argc > 2) mostTokens = atoi(argv[2]);
   return cmocka_run_group_tests_name("gpu_exchange", tests, NULL, NULL);
 }

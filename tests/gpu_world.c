@@ -8,6 +8,7 @@
 #include <time.h>
 
 #define MEET_SECONDS 60
+#define NCCL_IN_PROGRESS 7 /* ncclInProgress */
 
 typedef struct {
   char bytes[128];
@@ -19,6 +20,7 @@ static struct {
   int (*initRank)(ncclComm_t *, int, worldId_t, int);
   int (*destroy)(ncclComm_t);
   int (*abort)(ncclComm_t);
+  int (*getAsyncError)(ncclComm_t, int *);
   int (*memAlloc)(void **, size_t);
   int (*memFree)(void *);
 } worldNccl;
@@ -58,6 +60,7 @@ bool gpu_world_usable(bool threads) {
       {"ncclCommInitRank", (void **)&worldNccl.initRank},
       {"ncclCommDestroy", (void **)&worldNccl.destroy},
       {"ncclCommAbort", (void **)&worldNccl.abort},
+      {"ncclCommGetAsyncError", (void **)&worldNccl.getAsyncError},
       {"ncclMemAlloc", (void **)&worldNccl.memAlloc},
       {"ncclMemFree", (void **)&worldNccl.memFree},
   };
@@ -149,6 +152,13 @@ static const char *world_init(gpuWorld_t *world, int rank, void *id) {
   if (world->onlyRank >= 0 && world->onlyRank != rank) return NULL;
   RANK_CUDA(cudaStreamCreateWithFlags(&world->streams[rank], cudaStreamNonBlocking));
   int status = worldNccl.initRank(&world->comms[rank], world->nRanks, *(worldId_t *)id, rank);
+  /* With NCCL_COMM_BLOCKING=0. */
+  double start = gpu_world_seconds();
+  while (status == NCCL_IN_PROGRESS && gpu_world_seconds() - start < MEET_SECONDS) {
+    gpu_world_sleep_ms(1);
+    int asked = worldNccl.getAsyncError(world->comms[rank], &status);
+    if (asked != 0) status = asked;
+  }
   RANK_CHECK(status == 0, "ncclCommInitRank: %d", status);
   return NULL;
 }
