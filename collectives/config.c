@@ -134,7 +134,7 @@ static void config_costs(const ultraepConfig_t *config, const configRates_t *mea
   double rowBytes = (double)config->hidden * (double)config_type_bytes(config->dataType);
   *row = PICOSECONDS *
          config_pick(config->rowSeconds, 0, work->workBytes / speed + work->nCrossings * rowBytes / link);
-  *copy = PICOSECONDS * work->copyBytes / link;
+  *copy = PICOSECONDS * (work->copyBytes / link + config->expertSeconds);
 }
 
 void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
@@ -158,6 +158,7 @@ static ultraepResult_t config_check_cost(const ultraepConfig_t *config) {
   if (result == ultraepSuccess)
     result = config_check_real("linkBytesPerSecond", config->linkBytesPerSecond, 1e18);
   if (result == ultraepSuccess) result = config_check_real("rowSeconds", config->rowSeconds, 1.0);
+  if (result == ultraepSuccess) result = config_check_real("expertSeconds", config->expertSeconds, 1.0);
   if (result != ultraepSuccess || config->expertBytes == 0) return result;
   configWork_t work = config_work(config, NULL);
   double row, copy;
@@ -171,9 +172,10 @@ static ultraepResult_t config_check_cost(const ultraepConfig_t *config) {
   if (!(copy <= (double)ULTRAEP_MAX_COPY_PS))
     return error_set(
         ultraepInvalidArgument,
-        "the cost gate takes at most %g s a copy: expertBytes = %lld at linkBytesPerSecond = %g make %g s",
+        "the cost gate takes at most %g s a copy: expertBytes = %lld at linkBytesPerSecond = %g and "
+        "expertSeconds = %g make %g s",
         (double)ULTRAEP_MAX_COPY_PS / PICOSECONDS, (long long)config->expertBytes, config->linkBytesPerSecond,
-        copy / PICOSECONDS);
+        config->expertSeconds, copy / PICOSECONDS);
   return ultraepSuccess;
 }
 
@@ -248,6 +250,7 @@ const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b
   DIFFERS(expertBytes);
   DIFFERS(linkBytesPerSecond);
   DIFFERS(rowSeconds);
+  DIFFERS(expertSeconds);
   DIFFERS(dispatchMode);
   DIFFERS(combineMode);
   DIFFERS(maxRoutes);

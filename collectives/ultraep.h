@@ -141,12 +141,14 @@ typedef struct {
                                 direction, and ULTRAEP_DISPATCH_AUTO is DIRECT */
   double rowSeconds;    /* time one assignment costs its rank; 0: weights / 600e12 (one flop a byte at bf16
                            rates), and the row over the link there and back */
+  double expertSeconds; /* for the gate: time that an expert costs its rank however few its rows, 0..1: its
+                           weights read and its gradients written. It comes on top of a copy; 0: none */
   int32_t dispatchMode; /* ultraepDispatchMode_t */
   int32_t combineMode;  /* ultraepCombineMode_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
   int32_t timeoutMs;    /* how long any wait for another rank may last, 1..3600000 */
-  int32_t reserved[7];  /* 0 */
+  int32_t reserved[5];  /* 0 */
 } ultraepConfig_t;
 
 /* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest
@@ -154,8 +156,8 @@ typedef struct {
 #define ULTRAEP_CONFIG_INITIALIZER                                                                           \
   {                                                                                                          \
     sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0,  \
-        1, 0, 0.0, 0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, 1, 0, 30000, {                 \
-      0, 0, 0, 0, 0, 0, 0                                                                                    \
+        1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, 1, 0, 30000, {            \
+      0, 0, 0, 0, 0                                                                                          \
     }                                                                                                        \
   }
 

@@ -30,7 +30,7 @@ typedef struct {
   int32_t inter, nLayers;
   int32_t gemm; /* moeGemmMode_t, CUDA only */
   int32_t gate;
-  double linkBytesPerSecond, rowSeconds; /* for the gate; 0: the library's */
+  double linkBytesPerSecond, rowSeconds, expertSeconds; /* for the gate; 0: the library's */
 } moeOptions_t;
 
 typedef enum {

@@ -5,7 +5,7 @@
 #include <argp.h>
 #include <stdlib.h>
 
-enum { KEY_INTER = KEY_OWN, KEY_LAYERS, KEY_GEMM, KEY_GATE, KEY_LINK, KEY_ROW };
+enum { KEY_INTER = KEY_OWN, KEY_LAYERS, KEY_GEMM, KEY_GATE, KEY_LINK, KEY_ROW, KEY_EXPERT };
 
 const char *const moeGemmModes[2] = {"each", "grouped"};
 
@@ -61,6 +61,9 @@ static const struct argp_option moeOptionTable[] = {
     {"layers", KEY_LAYERS, "N", 0, "Layers one after another (1)", 2},
     {"gate", KEY_GATE, "0|1", 0, "Leave out replicas that cost more than they save (0)", 3},
     {"link-gbps", KEY_LINK, "GB/S", 0, "Rate of a rank's link, for the cost gate (the library's)", 3},
+    {"expert-us", KEY_EXPERT, "US", 0,
+     "Time that one more expert costs its rank however few its rows, forward and backward, for the gate (0)",
+     3},
     {"row-us", KEY_ROW, "US", 0,
      "Time that a row costs its rank, forward and backward, for the gate (the library's)", 3},
     {"gemm", KEY_GEMM, "each|grouped", 0, "How cuBLAS multiplies (each)", 4},
@@ -86,6 +89,10 @@ static int moe_option_apply(int key, const char *text, moeOptions_t *options, pe
     status = optionDouble("--row-us", text, 1e-6, 1e6, &number, error);
     options->rowSeconds = number / 1e6;
     return status;
+  case KEY_EXPERT:
+    status = optionDouble("--expert-us", text, 0, 1e6, &number, error);
+    options->expertSeconds = number / 1e6;
+    return status;
   default:
     return benchOptionApply(key, text, &options->bench, error);
   }
@@ -102,8 +109,9 @@ static int moe_options_finish(moeOptions_t *options, perfError_t *error) {
   if (bench->warmupIters < 1) return perfErrorSet(error, "--warmup_iters: at least one");
   if (options->inter % 16 != 0) return perfErrorSet(error, "--inter must be a multiple of 16");
   if (host && options->gemm != MOE_GEMM_EACH) return perfErrorSet(error, "--gemm needs -B cuda");
-  if (!options->gate && (options->linkBytesPerSecond > 0 || options->rowSeconds > 0))
-    return perfErrorSet(error, "--link-gbps and --row-us need --gate 1");
+  if (!options->gate &&
+      (options->linkBytesPerSecond > 0 || options->rowSeconds > 0 || options->expertSeconds > 0))
+    return perfErrorSet(error, "--link-gbps, --row-us and --expert-us need --gate 1");
   return benchOptionsFinish(bench, error);
 }
 

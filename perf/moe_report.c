@@ -34,6 +34,7 @@ static void report_layer_print(const moeOptions_t *options) {
     printf("# cost gate: on");
     if (options->linkBytesPerSecond > 0) printf(", link %g GB/s", options->linkBytesPerSecond / 1e9);
     if (options->rowSeconds > 0) printf(", row %g us", options->rowSeconds * 1e6);
+    if (options->expertSeconds > 0) printf(", expert %g us", options->expertSeconds * 1e6);
     printf("\n");
   }
   benchTrafficPrint(bench);

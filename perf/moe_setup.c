@@ -181,6 +181,7 @@ int moeRankOpenGroup(moeRank_t *rank) {
   config.expertBytes = options->gate ? ULTRAEP_EXPERT_BYTES_REGISTERED : 0;
   config.linkBytesPerSecond = options->linkBytesPerSecond;
   config.rowSeconds = options->rowSeconds;
+  config.expertSeconds = options->expertSeconds;
   ultraepResult_t created = run->ops->groupCreate(rank->base, &config);
   if (created != ultraepSuccess) return benchRankFailCall(rank->base, "making the group", created);
   moe_symmetric_lay(rank, &symmetric);

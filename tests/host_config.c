@@ -88,7 +88,7 @@ static void test_config_ranges(void **state) {
   TRY(maxCtas, -1, "maxCtas");
   TRY(timeoutMs, 0, "timeoutMs");
   TRY(timeoutMs, 3600001, "timeoutMs");
-  TRY(reserved[6], 1, "reserved");
+  TRY(reserved[4], 1, "reserved");
 }
 
 static void test_config_cost(void **state) {
@@ -100,6 +100,8 @@ static void test_config_cost(void **state) {
   TRY(linkBytesPerSecond, INFINITY, "linkBytesPerSecond");
   TRY(rowSeconds, -1.0, "rowSeconds");
   TRY(rowSeconds, NAN, "rowSeconds");
+  TRY(expertSeconds, -1.0, "expertSeconds");
+  TRY(expertSeconds, 1.1, "expertSeconds");
   TRY(expertBytes, -2, "expertBytes");
   FINE(expertBytes, ULTRAEP_EXPERT_BYTES_REGISTERED);
   TRY(expertBytes, (INT64_C(1) << 40) + 1, "expertBytes");
@@ -125,6 +127,8 @@ static void test_config_cost(void **state) {
   assert_int_equal(planner.rowPs, 2000);
   assert_int_equal(planner.copyPs, 1000000000);
   assert_int_equal(planner.nSlots, 0);
+  config.expertSeconds = 0.002;
+  assert_int_equal(config_planner(&config, 4, 4).copyPs, 3000000000);
   config.linkBytesPerSecond = 1; /* 19 years a copy */
   assert_code(config_check(&config, 4), ultraepInvalidArgument);
   assert_non_null(strstr(ultraepGetLastError(), "copy"));
@@ -183,7 +187,7 @@ static void test_config_gate(void **state) {
 
 /* A group whose gate waits for the experts: all assignments to expert 0, before and after they register. */
 typedef struct {
-  double rowSeconds;
+  double rowSeconds, expertSeconds;
   int nBefore, nAfter; /* replicas */
   ultraepPlannerConfig_t before, after;
 } gate_t;
@@ -200,6 +204,7 @@ static void gate_rank(hostRankArg_t *self) {
   memset(topk, 0, sizeof(topk));
   config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED;
   config.rowSeconds = x->rowSeconds;
+  config.expertSeconds = x->expertSeconds;
   config.linkBytesPerSecond = 64e6; /* 1 us for 64 bytes */
   CHECK_OK(self, ultraepGroupCreateHost(&group, self->world, self->rank, &config));
   CHECK_OK(self, ultraepRouteCreate(group, &route));
@@ -233,6 +238,9 @@ static void test_group_gate(void **state) {
   x = (gate_t){.rowSeconds = 1e-7}; /* 256 rows: 25.6 us, and 192 of them can go for one relayed copy */
   host_run(4, gate_rank, &x);
   assert_true(x.nAfter == 3 && x.nBefore == 3 && x.after.copyPs == 1000000);
+  x = (gate_t){.rowSeconds = 1e-7, .expertSeconds = 30e-6}; /* cheap to copy, dear to have */
+  host_run(4, gate_rank, &x);
+  assert_true(x.nAfter == 0 && x.nBefore == 3 && x.after.copyPs == 31000000);
 }
 
 static void test_config_rows(void **state) {
@@ -324,6 +332,7 @@ static void test_config_difference(void **state) {
   DIFFERENT(expertBytes);
   DIFFERENT(linkBytesPerSecond);
   DIFFERENT(rowSeconds);
+  DIFFERENT(expertSeconds);
   DIFFERENT(dispatchMode);
   DIFFERENT(combineMode);
   DIFFERENT(maxRoutes);

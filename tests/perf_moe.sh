@@ -30,7 +30,7 @@ runs 1 "${small[@]}" --layers 3
 runs 1 "${small[@]}" --domain 2 --tolerance 0.2 --mode direct
 runs 1 "${small[@]}" --gate 1
 grep -q '^#   gate, .*: kept [0-9a-z]* of\|^#   gate, .*: kept' out || fail "--gate 1 must say what it weighed"
-runs 1 "${small[@]}" --gate 1 --link-gbps 0.001 --row-us 0.001
+runs 1 "${small[@]}" --gate 1 --link-gbps 0.001 --row-us 0.001 --expert-us 5
 awk '$1 == "balanced" && $4 != 0 { exit 1 }' out || fail "a gate with a slow link must keep no replica"
 runs 1 -t 2 --experts 4 --topk 4 --tokens 30 --skew 1
 runs 1 -t 1 --experts 4 --topk 2 --tokens 9 --skew 1
