@@ -367,6 +367,61 @@ ULTRAEP_API ultraepResult_t ultraepWeightsSync(ultraepRoute_t route, int layer, 
  * order master, then replicas ascending by rank, rounded once; then the slot's gradient is set to zero. */
 ULTRAEP_API ultraepResult_t ultraepGradsReduce(ultraepRoute_t route, int layer, cudaStream_t stream);
 
+/* ---- the traffic record: what NCCL's own send, receive and all-to-all calls moved ---- */
+/* Kept where the library is NCCL's plugin and takes these calls over (see the README), per communicator and
+ * rank. A process knows what its own ranks send and receive. */
+#define ULTRAEP_TRAFFIC_PAIRS 10
+#define ULTRAEP_TRAFFIC_WINDOWS 6
+
+typedef struct {
+  int32_t from, to; /* ranks */
+  int64_t bytes, calls;
+} ultraepTrafficPair_t;
+
+typedef struct {
+  double start;      /* seconds since 1970 */
+  double seconds;    /* its length: ULTRAEP_TRAFFIC_WINDOW_S, or more where nobody looked in between */
+  int64_t sendBytes; /* by this rank */
+  int64_t recvBytes;
+  double imbalance; /* as below, in this window */
+} ultraepTrafficWindow_t;
+
+typedef struct {
+  size_t size;
+  uint32_t magic;
+  uint32_t version;
+  /* In: arrays [capacity] by peer, for this rank since its record was opened; any may be null. */
+  int64_t *sendBytes;
+  int64_t *sendCalls;
+  int64_t *recvBytes;
+  int64_t *recvCalls;
+  int32_t capacity; /* in: at least nRanks where an array is given */
+  /* Out: */
+  int32_t rank, nRanks;
+  int32_t nKnownRanks; /* ranks of the communicator whose records this process has */
+  uint64_t hash; /* tells communicators apart; 0: not known, then only this rank's record is looked at */
+  int64_t totalSendBytes, totalSendCalls; /* of this rank */
+  int64_t totalRecvBytes, totalRecvCalls;
+  /* Max over mean, over all nRanks, of what the known ranks sent to each; 0: they sent nothing. With one
+   * known rank this is that rank's view: what others send is not known here. */
+  double imbalance;
+  int32_t nPairs;                                          /* entries of pairs */
+  int32_t nWindows;                                        /* entries of windows */
+  ultraepTrafficPair_t pairs[ULTRAEP_TRAFFIC_PAIRS];       /* of the known ranks, most bytes first */
+  ultraepTrafficWindow_t windows[ULTRAEP_TRAFFIC_WINDOWS]; /* finished ones, the last one first */
+} ultraepTraffic_t;
+#define ULTRAEP_TRAFFIC_INITIALIZER                                                                          \
+  {                                                                                                          \
+    sizeof(ultraepTraffic_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,    \
+        0.0, 0, 0, {{0, 0, 0, 0}}, {                                                                         \
+      { 0.0, 0.0, 0, 0, 0.0 }                                                                                \
+    }                                                                                                        \
+  }
+/* Not collective; any thread, but not during the communicator's destruction. Call it without arrays to learn
+ * nRanks. ultraepInvalidArgument: nothing is recorded for comm, or an array is given and capacity is less
+ * than nRanks. */
+ULTRAEP_API ultraepResult_t ultraepTrafficGet(ncclComm_t comm, ultraepTraffic_t *traffic);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,6 +1,7 @@
 /* NCCL's tuner role. It says in NCCL's log that the library is there and what NCCL tells it of the
- * communicator, and leaves every choice to NCCL. The only state is one context per communicator and rank,
- * which NCCL keeps.
+ * communicator, and leaves every choice to NCCL; and it has the send and receive calls taken over
+ * (takeover.h), which no tuner is asked about. The only state is one context per communicator and rank, which
+ * NCCL keeps.
  *
  * Every entry returns success, also where memory is short: an error would fail the user's communicator or
  * collective, and nothing here is worth that. NCCL may pass a null context, for it finalizes communicators
@@ -9,6 +10,7 @@
  * One thing changes by the mere presence of a tuner, any tuner: NCCL 2.27 and later then skip their own
  * choice of algorithm under NCCL_CTA_POLICY_EFFICIENCY. */
 #include "nccl_tuner_abi.h"
+#include "takeover.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -86,6 +88,7 @@ static ultraepResult_t plugin_tuner_open(const struct plugin_tuner *tuner, const
   struct plugin_tuner *copy;
 
   plugin_tuner_log_open(tuner, table, domains);
+  takeover_start(tuner->logger);
   if (!context) return ultraepSuccess;
   copy = calloc(1, sizeof(*copy));
   if (copy) *copy = *tuner;

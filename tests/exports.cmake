@@ -1,5 +1,5 @@
 # The library exports what tests/exports.txt lists, no more and no less; and that list holds every ULTRAEP_API
-# function of the headers.
+# function of the headers, where headers are given.
 #   cmake -DNM=nm -DLIBRARY=libultraep.so -DLIST=exports.txt -DHEADERS=a.h,b.h -P exports.cmake
 file(STRINGS ${LIST} expected)
 
@@ -43,6 +43,6 @@ endforeach()
 if(NOT sorted STREQUAL expected)
   message(SEND_ERROR "${LIST} is not sorted")
 endif()
-if(nDeclared EQUAL 0)
+if(HEADERS AND nDeclared EQUAL 0)
   message(SEND_ERROR "no ULTRAEP_API function found in the headers")
 endif()
