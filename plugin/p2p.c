@@ -1,10 +1,12 @@
 #include "p2p.h"
 
+#include "comm_id.h"
 #include "settings.h"
 #include "traffic.h"
 
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 
 const char *const p2pNames[P2P_CALLS] = {
     [P2P_SEND] = "ncclSend",
@@ -13,9 +15,20 @@ const char *const p2pNames[P2P_CALLS] = {
     [P2P_GROUP_END] = "ncclGroupEnd",
     [P2P_ALLTOALL] = "ncclAlltoAll",
     [P2P_ALL_TO_ALL] = "ncclAllToAll",
+    [P2P_GATHER] = "ncclGather",
+    [P2P_SCATTER] = "ncclScatter",
+    [P2P_PUT_SIGNAL] = "ncclPutSignal",
     [P2P_COMM_DESTROY] = "ncclCommDestroy",
     [P2P_COMM_ABORT] = "ncclCommAbort",
     [P2P_COMM_FINALIZE] = "ncclCommFinalize",
+    [P2P_COMM_INIT_RANK] = "ncclCommInitRank",
+    [P2P_COMM_INIT_RANK_CONFIG] = "ncclCommInitRankConfig",
+    [P2P_COMM_INIT_RANK_SCALABLE] = "ncclCommInitRankScalable",
+    [P2P_COMM_INIT_ALL] = "ncclCommInitAll",
+    [P2P_COMM_SPLIT] = "ncclCommSplit",
+    [P2P_COMM_SHRINK] = "ncclCommShrink",
+    [P2P_COMM_GROW] = "ncclCommGrow",
+    [P2P_COMM_ASYNC_ERROR] = "ncclCommGetAsyncError",
 };
 
 const void *const p2pHooks[P2P_CALLS] = {
@@ -25,9 +38,20 @@ const void *const p2pHooks[P2P_CALLS] = {
     [P2P_GROUP_END] = (const void *)p2p_group_end,
     [P2P_ALLTOALL] = (const void *)p2p_alltoall,
     [P2P_ALL_TO_ALL] = (const void *)p2p_all_to_all,
+    [P2P_GATHER] = (const void *)p2p_gather,
+    [P2P_SCATTER] = (const void *)p2p_scatter,
+    [P2P_PUT_SIGNAL] = (const void *)p2p_put_signal,
     [P2P_COMM_DESTROY] = (const void *)p2p_comm_destroy,
     [P2P_COMM_ABORT] = (const void *)p2p_comm_abort,
     [P2P_COMM_FINALIZE] = (const void *)p2p_comm_finalize,
+    [P2P_COMM_INIT_RANK] = (const void *)p2p_comm_init_rank,
+    [P2P_COMM_INIT_RANK_CONFIG] = (const void *)p2p_comm_init_rank_config,
+    [P2P_COMM_INIT_RANK_SCALABLE] = (const void *)p2p_comm_init_rank_scalable,
+    [P2P_COMM_INIT_ALL] = (const void *)p2p_comm_init_all,
+    [P2P_COMM_SPLIT] = (const void *)p2p_comm_split,
+    [P2P_COMM_SHRINK] = (const void *)p2p_comm_shrink,
+    [P2P_COMM_GROW] = (const void *)p2p_comm_grow,
+    [P2P_COMM_ASYNC_ERROR] = (const void *)p2p_comm_async_error,
 };
 
 /* Any thread reads these in every call, so they are atomics without order: whoever makes the calls reachable
@@ -36,9 +60,10 @@ static _Atomic(void *) p2pOriginals[P2P_CALLS];
 static _Atomic(p2p_ask_fn) p2pCommCount, p2pCommUserRank;
 static _Atomic(void (*)(void)) p2pWatch;
 static atomic_bool p2pCounts;
-/* In an all-to-all, which is counted as such: where we stand before NCCL for everybody (preload), its own
- * sends pass here, too. */
+/* In a call that is counted as a whole: where we stand before NCCL for everybody (preload), its own sends
+ * pass here, too. */
 static _Thread_local bool p2pInside;
+static _Thread_local int p2pDepth; /* groups that this thread is in */
 
 #define P2P_LOAD(object) atomic_load_explicit(&(object), memory_order_relaxed)
 #define P2P_STORE(object, value) atomic_store_explicit(&(object), (value), memory_order_relaxed)
@@ -58,11 +83,33 @@ void p2p_group_watch(void (*watch)(void)) {
   P2P_STORE(p2pWatch, watch);
 }
 
+int p2p_group_depth(void) {
+  return p2pDepth;
+}
+
+bool p2p_counts(void) {
+  return P2P_LOAD(p2pCounts);
+}
+
 size_t p2p_type_bytes(int type) {
   /* int8, uint8, int32, uint32, int64, uint64, float16, float32, float64, bfloat16, float8e4m3, float8e5m2 */
   static const unsigned char bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
 
   return type >= 0 && (size_t)type < sizeof(bytes) ? bytes[type] : 0;
+}
+
+size_t p2p_type_bytes_named(const char *name) {
+  /* By NCCL's codes. It has no name for uint8, and writes "Unknown". */
+  static const char *const names[] = {"Int8",    "Uint8",    "Int32",      "Uint32",
+                                      "Int64",   "Uint64",   "Float16",    "Float32",
+                                      "Float64", "Bfloat16", "Float8e4m3", "Float8e5m2"};
+
+  if (!name) return 0;
+  if (strncmp(name, "nccl", 4) != 0) return 1;
+  for (int type = 0; type < (int)(sizeof(names) / sizeof(names[0])); type++) {
+    if (strcmp(name + 4, names[type]) == 0) return p2p_type_bytes(type);
+  }
+  return 0;
 }
 
 bool p2p_wanted(void) {
@@ -76,62 +123,63 @@ static trafficComm_t *p2p_record_open(void *comm) {
 
   if (P2P_LOAD(p2pCommUserRank)(comm, &rank) != P2P_NCCL_SUCCESS) return NULL;
   if (P2P_LOAD(p2pCommCount)(comm, &nRanks) != P2P_NCCL_SUCCESS) return NULL;
-  return traffic_comm_open(comm, 0, rank, nRanks);
+  return traffic_comm_open(comm, comm_id_find(comm, rank, nRanks), rank, nRanks);
 }
 
-/* Null where nothing is to be counted: the operation failed, or there is no record. */
-static trafficComm_t *p2p_record(void *comm, int result) {
+/* Before the original, after which a non-blocking communicator may be too busy to say who it is. Null where
+ * nothing is to be counted. */
+static trafficComm_t *p2p_record(void *comm) {
   trafficComm_t *record;
 
-  if (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS) return NULL;
-  if (!P2P_LOAD(p2pCounts)) return NULL;
+  if (!comm || p2pInside || !P2P_LOAD(p2pCounts)) return NULL;
   record = traffic_comm_find(comm);
   return record ? record : p2p_record_open(comm);
 }
 
-static void p2p_count(void *comm, int result, trafficDirection_t direction, int peer, size_t count,
-                      int type) {
-  trafficComm_t *record = p2pInside ? NULL : p2p_record(comm, result);
-
-  if (record) traffic_count(record, direction, peer, (uint64_t)count * p2p_type_bytes(type));
+static bool p2p_issued(int result) {
+  return result == P2P_NCCL_SUCCESS || result == P2P_NCCL_IN_PROGRESS;
 }
 
-/* count: elements for each peer. Every rank sends to and receives from every other, and itself. */
-static void p2p_count_all(void *comm, int result, size_t count, int type) {
-  const uint64_t bytes = (uint64_t)count * p2p_type_bytes(type);
-  trafficComm_t *record = p2p_record(comm, result);
-  int nRanks;
-
-  if (!record || P2P_LOAD(p2pCommCount)(comm, &nRanks) != P2P_NCCL_SUCCESS) return;
-  for (int peer = 0; peer < nRanks; peer++) {
-    traffic_count(record, TRAFFIC_SEND, peer, bytes);
-    traffic_count(record, TRAFFIC_RECV, peer, bytes);
-  }
+static uint64_t p2p_bytes(size_t count, int type) {
+  return (uint64_t)count * p2p_type_bytes(type);
 }
 
-/* Before the original: after it another communicator may have got the same address. */
-static void p2p_record_close(void *comm) {
-  trafficComm_t *record = P2P_LOAD(p2pCounts) ? traffic_comm_find(comm) : NULL;
-
-  if (record) traffic_comm_close(record);
+void p2p_comm_gone(const void *comm) {
+  traffic_comm_close(traffic_comm_find(comm));
 }
 
 /* ---- the calls ---- */
 int p2p_send(const void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
   p2p_send_fn original = (p2p_send_fn)p2p_original(P2P_SEND);
-  int result = P2P_NCCL_INVALID_USAGE;
+  trafficComm_t *record = p2p_record(comm);
+  int result;
 
-  if (original) result = original(buffer, count, type, peer, comm, stream);
-  p2p_count(comm, result, TRAFFIC_SEND, peer, count, type);
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  result = original(buffer, count, type, peer, comm, stream);
+  if (p2p_issued(result)) traffic_count(record, TRAFFIC_SEND, peer, p2p_bytes(count, type));
   return result;
 }
 
 int p2p_recv(void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
   p2p_recv_fn original = (p2p_recv_fn)p2p_original(P2P_RECV);
-  int result = P2P_NCCL_INVALID_USAGE;
+  trafficComm_t *record = p2p_record(comm);
+  int result;
 
-  if (original) result = original(buffer, count, type, peer, comm, stream);
-  p2p_count(comm, result, TRAFFIC_RECV, peer, count, type);
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  result = original(buffer, count, type, peer, comm, stream);
+  if (p2p_issued(result)) traffic_count(record, TRAFFIC_RECV, peer, p2p_bytes(count, type));
+  return result;
+}
+
+int p2p_put_signal(const void *buffer, size_t count, int type, int peer, void *window, size_t offset,
+                   int signal, int context, unsigned flags, void *comm, void *stream) {
+  p2p_put_fn original = (p2p_put_fn)p2p_original(P2P_PUT_SIGNAL);
+  trafficComm_t *record = p2p_record(comm);
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  result = original(buffer, count, type, peer, window, offset, signal, context, flags, comm, stream);
+  if (p2p_issued(result)) traffic_count(record, TRAFFIC_SEND, peer, p2p_bytes(count, type));
   return result;
 }
 
@@ -140,24 +188,58 @@ int p2p_group_start(void) {
   void (*watch)(void) = P2P_LOAD(p2pWatch);
 
   if (watch) watch();
-  return original ? original() : P2P_NCCL_INVALID_USAGE;
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  p2pDepth++;
+  return original();
 }
 
+/* A thread may leave a group that it entered before we were there. */
 int p2p_group_end(void) {
   p2p_group_fn original = (p2p_group_fn)p2p_original(P2P_GROUP_END);
+  int result;
 
-  return original ? original() : P2P_NCCL_INVALID_USAGE;
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  result = original();
+  if (p2pDepth > 0) p2pDepth--;
+  if (p2pDepth == 0) p2p_comm_group_ended(result);
+  return result;
 }
 
+/* Every rank sends count elements to every other and itself, and receives as much. */
 static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t count, int type, void *comm,
                    void *stream) {
   p2p_all_fn original = (p2p_all_fn)p2p_original(call);
-  int result = P2P_NCCL_INVALID_USAGE;
+  trafficComm_t *record = p2p_record(comm);
+  const bool inside = p2pInside;
+  int result;
 
+  if (!original) return P2P_NCCL_INVALID_USAGE;
   p2pInside = true;
-  if (original) result = original(send, recv, count, type, comm, stream);
-  p2pInside = false;
-  p2p_count_all(comm, result, count, type);
+  result = original(send, recv, count, type, comm, stream);
+  p2pInside = inside;
+  if (!p2p_issued(result)) return result;
+  traffic_count_all(record, TRAFFIC_SEND, p2p_bytes(count, type));
+  traffic_count_all(record, TRAFFIC_RECV, p2p_bytes(count, type));
+  return result;
+}
+
+/* Every rank, the root itself included, sends count elements to the root (or receives them from it). */
+static int p2p_rooted(enum p2p_call call, const void *send, void *recv, size_t count, int type, int root,
+                      void *comm, void *stream) {
+  const trafficDirection_t toRoot = call == P2P_GATHER ? TRAFFIC_SEND : TRAFFIC_RECV;
+  const trafficDirection_t atRoot = call == P2P_GATHER ? TRAFFIC_RECV : TRAFFIC_SEND;
+  p2p_rooted_fn original = (p2p_rooted_fn)p2p_original(call);
+  trafficComm_t *record = p2p_record(comm);
+  const bool inside = p2pInside;
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  p2pInside = true;
+  result = original(send, recv, count, type, root, comm, stream);
+  p2pInside = inside;
+  if (!p2p_issued(result)) return result;
+  traffic_count(record, toRoot, root, p2p_bytes(count, type));
+  if (traffic_comm_rank(record) == root) traffic_count_all(record, atRoot, p2p_bytes(count, type));
   return result;
 }
 
@@ -169,23 +251,33 @@ int p2p_all_to_all(const void *send, void *recv, size_t count, int type, void *c
   return p2p_all(P2P_ALL_TO_ALL, send, recv, count, type, comm, stream);
 }
 
-static int p2p_comm_end(enum p2p_call call, void *comm) {
+int p2p_gather(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream) {
+  return p2p_rooted(P2P_GATHER, send, recv, count, type, root, comm, stream);
+}
+
+int p2p_scatter(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream) {
+  return p2p_rooted(P2P_SCATTER, send, recv, count, type, root, comm, stream);
+}
+
+/* Before the original: after it another communicator may have got the same address. */
+static int p2p_comm_end(enum p2p_call call, void *comm, void (*note)(const void *comm)) {
   p2p_comm_fn original = (p2p_comm_fn)p2p_original(call);
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  p2p_record_close(comm);
+  note(comm);
+  p2p_comm_gone(comm);
   return original(comm);
 }
 
 int p2p_comm_destroy(void *comm) {
-  return p2p_comm_end(P2P_COMM_DESTROY, comm);
+  return p2p_comm_end(P2P_COMM_DESTROY, comm, p2p_comm_forget);
 }
 
 int p2p_comm_abort(void *comm) {
-  return p2p_comm_end(P2P_COMM_ABORT, comm);
+  return p2p_comm_end(P2P_COMM_ABORT, comm, p2p_comm_forget);
 }
 
 /* No operation may follow it, so the record ends here already. */
 int p2p_comm_finalize(void *comm) {
-  return p2p_comm_end(P2P_COMM_FINALIZE, comm);
+  return p2p_comm_end(P2P_COMM_FINALIZE, comm, comm_id_end);
 }

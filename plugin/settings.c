@@ -28,8 +28,9 @@ static const setting_t settingsTable[] = {
      .offset = offsetof(settings_t, p2p),
      .byDefault = "observe",
      .words = {"off", "observe", "schedule"},
-     .help = "what is done with NCCL's send, receive and all-to-all calls: nothing, or count them and pass "
-             "them on; schedule is not built yet and is taken as observe"},
+     .help = "what is done with NCCL's send, receive and all-to-all calls: nothing (the profiler role still "
+             "counts what NCCL tells it), or count them and pass them on; schedule is not built yet and is "
+             "taken as observe"},
     {.name = "ULTRAEP_TRAFFIC_JSON",
      .type = SETTING_PATH,
      .offset = offsetof(settings_t, trafficJson),
@@ -52,6 +53,12 @@ static const setting_t settingsTable[] = {
      .min = 1,
      .max = 86400,
      .help = "seconds in a window of the traffic record"},
+    {.name = "ULTRAEP_PROFILER_FORWARD",
+     .type = SETTING_PATH,
+     .offset = offsetof(settings_t, profilerForward),
+     .byDefault = "",
+     .help = "another profiler library, a path or a name as in NCCL_PROFILER_PLUGIN, which gets every event "
+             "where NCCL loads this one as its profiler"},
     {.name = "ULTRAEP_HELP",
      .type = SETTING_SWITCH,
      .offset = offsetof(settings_t, help),

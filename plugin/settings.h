@@ -24,6 +24,7 @@ typedef struct {
   char trafficJson[SETTINGS_PATH_BYTES];
   char trafficPrometheus[SETTINGS_PATH_BYTES];
   char trafficShared[SETTINGS_PATH_BYTES];
+  char profilerForward[SETTINGS_PATH_BYTES]; /* "": none */
 } settings_t;
 
 /* The process's settings. The first call reads them, warns, and prints the table if ULTRAEP_HELP asks for it.

@@ -368,10 +368,16 @@ static void takeover_self_pin(void) {
   if (handle) dlclose(handle);
 }
 
+bool takeover_is_preloaded(void) {
+  return p2p_wanted() && dlsym(RTLD_DEFAULT, "ultraepPreload") != NULL;
+}
+
 void takeover_start(nccl_abi_logger_t logger) {
-  if (!p2p_wanted() || !takeover_lock()) return;
-  takeover.logger = logger;
-  traffic_logger_set(logger);
+  if (!p2p_wanted() || takeover_is_preloaded() || !takeover_lock()) return;
+  if (logger) {
+    takeover.logger = logger;
+    traffic_logger_set(logger);
+  }
   if (!takeover.found && takeover_targets_find(logger)) {
     takeover_self_pin();
     p2p_group_watch(takeover_look_pending);

@@ -18,10 +18,15 @@
 
 #include "nccl_tuner_abi.h"
 
+#include <stdbool.h>
+
 /* To be called for every communicator that NCCL tells of; any thread. The first call takes over, later ones
- * look for what came since. logger: NCCL's, may be null. Does nothing where the setting is off or no NCCL is
- * found. */
+ * look for what came since. logger: NCCL's; null leaves the one told before. Does nothing where the setting
+ * is off, the preload library has the calls, or no NCCL is found. */
 void takeover_start(nccl_abi_logger_t logger);
+
+/* Whether libultraep-preload.so counts in this process: the plugin then does not. */
+bool takeover_is_preloaded(void);
 
 /* Gives back every slot that still is ours. Also done when the library is unloaded. */
 void takeover_undo(void);

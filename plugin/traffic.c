@@ -154,17 +154,67 @@ trafficComm_t *traffic_comm_find(const void *comm) {
 }
 
 /* ---- counting ---- */
-void traffic_count(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes) {
-  if (!comm) return;
-  /* Whoever closes looks at the number of those inside, and frees rows only at 0. */
-  if (!(atomic_fetch_add_explicit(&comm->state, 1, memory_order_acquire) & TRAFFIC_CLOSED) &&
-      (unsigned)peer < (unsigned)comm->nRanks) {
-    trafficCell_t *cell = &comm->cells[(direction == TRAFFIC_RECV ? (size_t)comm->nRanks : 0) + (size_t)peer];
+/* Whoever closes looks at the number of those inside, and frees rows only at 0. */
+static bool traffic_comm_enter(trafficComm_t *comm) {
+  return !(atomic_fetch_add_explicit(&comm->state, 1, memory_order_acquire) & TRAFFIC_CLOSED);
+}
 
-    atomic_fetch_add_explicit(&cell->bytes, bytes, memory_order_relaxed);
-    atomic_fetch_add_explicit(&cell->calls, 1, memory_order_relaxed);
-  }
+static void traffic_comm_leave(trafficComm_t *comm) {
   atomic_fetch_sub_explicit(&comm->state, 1, memory_order_release);
+}
+
+static void traffic_cell_add(trafficCell_t *cell, uint64_t bytes) {
+  atomic_fetch_add_explicit(&cell->bytes, bytes, memory_order_relaxed);
+  atomic_fetch_add_explicit(&cell->calls, 1, memory_order_relaxed);
+}
+
+/* row: of [source][direction]. */
+static void traffic_count_in(trafficComm_t *comm, size_t row, int peer, uint64_t bytes) {
+  if (!comm) return;
+  if (traffic_comm_enter(comm) && (unsigned)peer < (unsigned)comm->nRanks)
+    traffic_cell_add(&comm->cells[row * (size_t)comm->nRanks + (size_t)peer], bytes);
+  traffic_comm_leave(comm);
+}
+
+void traffic_count(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes) {
+  traffic_count_in(comm, direction == TRAFFIC_RECV, peer, bytes);
+}
+
+void traffic_count_event(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes) {
+  traffic_count_in(comm, TRAFFIC_DIRECTIONS + (direction == TRAFFIC_RECV), peer, bytes);
+}
+
+void traffic_count_all(trafficComm_t *comm, trafficDirection_t direction, uint64_t bytes) {
+  if (!comm) return;
+  if (traffic_comm_enter(comm)) {
+    trafficCell_t *row = comm->cells + (direction == TRAFFIC_RECV ? (size_t)comm->nRanks : 0);
+
+    for (int32_t peer = 0; peer < comm->nRanks; peer++) traffic_cell_add(&row[peer], bytes);
+  }
+  traffic_comm_leave(comm);
+}
+
+int traffic_comm_rank(const trafficComm_t *comm) {
+  return comm ? comm->rank : -1;
+}
+
+static uint64_t traffic_larger(const _Atomic uint64_t *a, const _Atomic uint64_t *b) {
+  const uint64_t x = atomic_load_explicit(a, memory_order_relaxed);
+  const uint64_t y = atomic_load_explicit(b, memory_order_relaxed);
+
+  return x > y ? x : y;
+}
+
+uint64_t traffic_cell_bytes(const trafficComm_t *comm, size_t at) {
+  const trafficCell_t *cell = &comm->cells[at];
+
+  return traffic_larger(&cell->bytes, &cell[TRAFFIC_DIRECTIONS * (size_t)comm->nRanks].bytes);
+}
+
+uint64_t traffic_cell_calls(const trafficComm_t *comm, size_t at) {
+  const trafficCell_t *cell = &comm->cells[at];
+
+  return traffic_larger(&cell->calls, &cell[TRAFFIC_DIRECTIONS * (size_t)comm->nRanks].calls);
 }
 
 /* ---- totals and windows ---- */
@@ -172,8 +222,8 @@ void traffic_totals_add(const trafficComm_t *comm, trafficTotals_t *totals) {
   for (size_t i = 0; i < TRAFFIC_DIRECTIONS * (size_t)comm->nRanks; i++) {
     size_t direction = i / (size_t)comm->nRanks;
 
-    totals->bytes[direction] += atomic_load_explicit(&comm->cells[i].bytes, memory_order_relaxed);
-    totals->calls[direction] += atomic_load_explicit(&comm->cells[i].calls, memory_order_relaxed);
+    totals->bytes[direction] += traffic_cell_bytes(comm, i);
+    totals->calls[direction] += traffic_cell_calls(comm, i);
   }
 }
 
@@ -190,7 +240,7 @@ static void traffic_comm_roll(trafficComm_t *comm, size_t slot) {
   uint64_t *window = comm->windows + slot * nCells;
 
   for (size_t i = 0; i < nCells; i++) {
-    uint64_t bytes = atomic_load_explicit(&comm->cells[i].bytes, memory_order_relaxed);
+    uint64_t bytes = traffic_cell_bytes(comm, i);
 
     window[i] = bytes - comm->base[i];
     comm->base[i] = bytes;
@@ -373,13 +423,29 @@ void traffic_logger_set(nccl_abi_logger_t logger) {
   atomic_store(&trafficLogger, logger);
 }
 
+/* How far the two sources agree; "" where the profiler told nothing. */
+static void traffic_comm_text_events(const trafficComm_t *comm, char *text, size_t size) {
+  const size_t nCells = TRAFFIC_DIRECTIONS * (size_t)comm->nRanks;
+  uint64_t calls = 0, events = 0;
+
+  for (size_t i = 0; i < nCells; i++) {
+    calls += atomic_load_explicit(&comm->cells[i].calls, memory_order_relaxed);
+    events += atomic_load_explicit(&comm->cells[nCells + i].calls, memory_order_relaxed);
+  }
+  text[0] = '\0';
+  if (events > 0)
+    snprintf(text, size, "; %llu calls taken over, %llu told to the profiler", (unsigned long long)calls,
+             (unsigned long long)events);
+}
+
 static void traffic_comm_text(const trafficComm_t *comm, char *text, size_t size) {
   trafficTotals_t totals = {0};
   trafficSummary_t summary;
-  char name[32] = "not known", hottest[96] = "none";
+  char name[32] = "not known", hottest[96] = "none", events[96];
 
   traffic_totals_add(comm, &totals);
   traffic_group_summary(comm->group, 0, &summary);
+  traffic_comm_text_events(comm, events, sizeof(events));
   if (comm->group->hash != 0) snprintf(name, sizeof(name), "0x%llx", (unsigned long long)comm->group->hash);
   if (summary.nPairs > 0) {
     const ultraepTrafficPair_t *pair = &summary.pairs[0];
@@ -390,11 +456,11 @@ static void traffic_comm_text(const trafficComm_t *comm, char *text, size_t size
   snprintf(text, size,
            "UltraEP traffic: communicator %s, rank %d of %d: sent %llu bytes in %llu calls, received %llu "
            "bytes in "
-           "%llu calls; %d known ranks' sends: imbalance %.3f (max/mean by receiver), hottest pair: %s",
+           "%llu calls; %d known ranks' sends: imbalance %.3f (max/mean by receiver), hottest pair: %s%s",
            name, comm->rank, comm->nRanks, (unsigned long long)totals.bytes[TRAFFIC_SEND],
            (unsigned long long)totals.calls[TRAFFIC_SEND], (unsigned long long)totals.bytes[TRAFFIC_RECV],
            (unsigned long long)totals.calls[TRAFFIC_RECV], traffic_group_known(comm->group),
-           summary.imbalance, hottest);
+           summary.imbalance, hottest, events);
 }
 
 /* Ends the record and writes its line to `text`; false, and no line, where it has ended already. */
@@ -420,15 +486,15 @@ void traffic_comm_close(trafficComm_t *comm) {
 }
 
 /* ---- opening ---- */
-/* Cells, base and windows in one piece: 144 bytes a rank of the communicator. */
+/* Cells, base and windows in one piece: 176 bytes a rank of the communicator. */
 static bool traffic_comm_rows(trafficComm_t *comm, int nRanks) {
   size_t nCells = TRAFFIC_DIRECTIONS * (size_t)nRanks;
-  size_t cellBytes = sizeof(trafficCell_t) + (1 + TRAFFIC_WINDOWS) * sizeof(uint64_t);
+  size_t cellBytes = TRAFFIC_SOURCES * sizeof(trafficCell_t) + (1 + TRAFFIC_WINDOWS) * sizeof(uint64_t);
   trafficCell_t *cells = calloc(nCells, cellBytes);
 
   if (!cells) return false;
   comm->cells = cells;
-  comm->base = (uint64_t *)(void *)(cells + nCells);
+  comm->base = (uint64_t *)(void *)(cells + TRAFFIC_SOURCES * nCells);
   comm->windows = comm->base + nCells;
   return true;
 }
@@ -462,6 +528,58 @@ free_rows:
 put_header:
   traffic_header_put(comm);
   return NULL;
+}
+
+/* Rows of the longer record start with those of the shorter one. */
+static void traffic_comm_copy(const trafficComm_t *from, trafficComm_t *to) {
+  for (size_t row = 0; row < TRAFFIC_SOURCES * TRAFFIC_DIRECTIONS; row++) {
+    const trafficCell_t *cells = from->cells + row * (size_t)from->nRanks;
+
+    for (int32_t peer = 0; peer < from->nRanks; peer++) {
+      trafficCell_t *cell = &to->cells[row * (size_t)to->nRanks + (size_t)peer];
+
+      atomic_store(&cell->bytes, atomic_load(&cells[peer].bytes));
+      atomic_store(&cell->calls, atomic_load(&cells[peer].calls));
+    }
+  }
+  for (size_t row = 0; row < TRAFFIC_DIRECTIONS; row++)
+    memcpy(to->base + row * (size_t)to->nRanks, from->base + row * (size_t)from->nRanks,
+           (size_t)from->nRanks * sizeof(to->base[0]));
+  for (size_t row = 0; row < (size_t)TRAFFIC_WINDOWS * TRAFFIC_DIRECTIONS; row++)
+    memcpy(to->windows + row * (size_t)to->nRanks, from->windows + row * (size_t)from->nRanks,
+           (size_t)from->nRanks * sizeof(to->windows[0]));
+  to->opened = from->opened;
+  to->openedWindow = from->openedWindow;
+}
+
+/* Takes a record out that another one stands for now. */
+static void traffic_comm_discard(trafficComm_t *comm) {
+  atomic_fetch_or_explicit(&comm->state, TRAFFIC_CLOSED, memory_order_acq_rel);
+  traffic_group_remove(comm->group, comm);
+  free(comm->cells);
+  comm->cells = NULL;
+  trafficState.nOpen--;
+  trafficState.nOpened--;
+  traffic_header_put(comm);
+}
+
+trafficComm_t *traffic_comm_grow(trafficComm_t *comm, int nRanks) {
+  trafficComm_t *grown = NULL;
+
+  if (!comm || nRanks <= comm->nRanks || nRanks > TRAFFIC_RANKS_MAX) return comm;
+  traffic_lock();
+  if (!(atomic_load(&comm->state) & TRAFFIC_CLOSED)) {
+    traffic_table_remove(comm->key);
+    grown = traffic_comm_make(comm->key, comm->group->hash, comm->rank, nRanks);
+    if (grown) {
+      traffic_comm_copy(comm, grown);
+      traffic_comm_discard(comm);
+    } else {
+      traffic_table_insert(comm->key, comm); /* its place is still free */
+    }
+  }
+  traffic_unlock();
+  return grown ? grown : comm;
 }
 
 trafficComm_t *traffic_comm_open(const void *comm, uint64_t hash, int rank, int nRanks) {

@@ -34,6 +34,18 @@ void traffic_comm_close(trafficComm_t *comm);
  * nothing. Safe beside the record's own close (a watchdog aborts what a worker uses): the operation is then
  * counted or not, and no memory is touched that is gone. */
 void traffic_count(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes);
+/* The same for one operation with every peer, the rank itself included. */
+void traffic_count_all(trafficComm_t *comm, trafficDirection_t direction, uint64_t bytes);
+/* -1 for null. */
+int traffic_comm_rank(const trafficComm_t *comm);
+
+/* The second source: an operation that NCCL's profiler interface told of. What a cell shows is the larger of
+ * both sources, so that an operation that both saw counts once, and one that only one of them saw is there.
+ */
+void traffic_count_event(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes);
+/* Gives a record room for more ranks, where their number was not known. Nobody else may count in it. Returns
+ * the record to go on with; where memory is short, the old one. */
+trafficComm_t *traffic_comm_grow(trafficComm_t *comm, int nRanks);
 
 /* Where log lines go: NCCL's logger, the last one told; null: nowhere, as at first. */
 void traffic_logger_set(nccl_abi_logger_t logger);

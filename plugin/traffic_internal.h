@@ -12,6 +12,7 @@
 
 enum {
   TRAFFIC_DIRECTIONS = 2,
+  TRAFFIC_SOURCES = 2, /* calls taken over; the profiler's events */
   TRAFFIC_RANKS_MAX = 1 << 20,
   TRAFFIC_WINDOWS = ULTRAEP_TRAFFIC_WINDOWS,
   TRAFFIC_PAIRS = ULTRAEP_TRAFFIC_PAIRS,
@@ -29,7 +30,7 @@ typedef struct trafficGroup trafficGroup_t;
  * its state. The rows are, once the state says that nobody is in them. */
 struct trafficComm {
   _Atomic uint64_t state; /* TRAFFIC_CLOSED, and the number of traffic_count in progress */
-  trafficCell_t *cells;   /* [direction][nRanks], since the record was opened */
+  trafficCell_t *cells;   /* [source][direction][nRanks], since the record was opened */
   int32_t rank, nRanks;
   const void *key;
   trafficGroup_t *group;
@@ -79,6 +80,11 @@ extern trafficState_t trafficState;
 
 void traffic_lock(void);
 void traffic_unlock(void);
+
+/* Bytes and calls of cell `at` of [direction][nRanks]: of the source that saw more. Both only grow, and so
+ * does the larger of them. */
+uint64_t traffic_cell_bytes(const trafficComm_t *comm, size_t at);
+uint64_t traffic_cell_calls(const trafficComm_t *comm, size_t at);
 
 /* Under the lock: */
 /* Ends the window if its time has come. */

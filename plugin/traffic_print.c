@@ -35,16 +35,14 @@ static void traffic_json_totals(FILE *out, const trafficTotals_t *totals) {
 }
 
 static void traffic_json_row(FILE *out, const trafficComm_t *comm, int direction) {
-  const trafficCell_t *cells = comm->cells + (size_t)direction * (size_t)comm->nRanks;
+  const size_t first = (size_t)direction * (size_t)comm->nRanks;
 
   fprintf(out, ", \"%sBytes\": [", trafficSides[direction]);
   for (int32_t r = 0; r < comm->nRanks; r++)
-    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "",
-            atomic_load_explicit(&cells[r].bytes, memory_order_relaxed));
+    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "", traffic_cell_bytes(comm, first + (size_t)r));
   fprintf(out, "], \"%sCalls\": [", trafficSides[direction]);
   for (int32_t r = 0; r < comm->nRanks; r++)
-    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "",
-            atomic_load_explicit(&cells[r].calls, memory_order_relaxed));
+    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "", traffic_cell_calls(comm, first + (size_t)r));
   fputs("]", out);
 }
 
@@ -280,8 +278,7 @@ static void traffic_shared_record(FILE *out, const trafficComm_t *comm) {
 
   fwrite(&record, sizeof(record), 1, out);
   for (size_t i = 0; i < TRAFFIC_DIRECTIONS * (size_t)comm->nRanks; i++) {
-    trafficFileCell_t cell = {.bytes = atomic_load_explicit(&comm->cells[i].bytes, memory_order_relaxed),
-                              .calls = atomic_load_explicit(&comm->cells[i].calls, memory_order_relaxed)};
+    trafficFileCell_t cell = {.bytes = traffic_cell_bytes(comm, i), .calls = traffic_cell_calls(comm, i)};
 
     fwrite(&cell, sizeof(cell), 1, out);
   }

@@ -36,8 +36,8 @@ static ultraepTrafficPair_t traffic_cell_read(const trafficComm_t *comm, int win
     pair.bytes = (int64_t)comm->windows[slot * TRAFFIC_DIRECTIONS * row + at];
     return pair;
   }
-  pair.bytes = (int64_t)atomic_load_explicit(&comm->cells[at].bytes, memory_order_relaxed);
-  pair.calls = (int64_t)atomic_load_explicit(&comm->cells[at].calls, memory_order_relaxed);
+  pair.bytes = (int64_t)traffic_cell_bytes(comm, at);
+  pair.calls = (int64_t)traffic_cell_calls(comm, at);
   return pair;
 }
 

@@ -1,7 +1,7 @@
 /* NCCL's tuner role. It says in NCCL's log that the library is there and what NCCL tells it of the
  * communicator, and leaves every choice to NCCL; and it has the send and receive calls taken over
- * (takeover.h), which no tuner is asked about. The only state is one context per communicator and rank, which
- * NCCL keeps.
+ * (takeover.h), which no tuner is asked about. From v5 on it is told the communicator's id, which the traffic
+ * record then has (comm_id.h). The only state is one context per communicator and rank, which NCCL keeps.
  *
  * Every entry returns success, also where memory is short: an error would fail the user's communicator or
  * collective, and nothing here is worth that. NCCL may pass a null context, for it finalizes communicators
@@ -9,7 +9,9 @@
  *
  * One thing changes by the mere presence of a tuner, any tuner: NCCL 2.27 and later then skip their own
  * choice of algorithm under NCCL_CTA_POLICY_EFFICIENCY. */
+#include "comm_id.h"
 #include "nccl_tuner_abi.h"
+#include "p2p.h"
 #include "takeover.h"
 
 #include <stdio.h>
@@ -28,6 +30,7 @@ struct plugin_tuner {
   size_t nRanks;
   size_t nNodes;
   uint64_t commId; /* 0 before v5 */
+  comm_told_t told;
 };
 
 /* The id as NCCL's own log lines have it, so that they can be matched. */
@@ -91,14 +94,28 @@ static ultraepResult_t plugin_tuner_open(const struct plugin_tuner *tuner, const
   takeover_start(tuner->logger);
   if (!context) return ultraepSuccess;
   copy = calloc(1, sizeof(*copy));
-  if (copy) *copy = *tuner;
   *context = copy;
+  if (!copy) return ultraepSuccess;
+  copy->logger = tuner->logger;
+  copy->nRanks = tuner->nRanks;
+  copy->nNodes = tuner->nNodes;
+  copy->commId = tuner->commId;
+  copy->told.place = (uintptr_t)context;
+  copy->told.id = tuner->commId;
+  copy->told.rank = -1;
+  copy->told.nRanks = (int)tuner->nRanks;
+  copy->told.role = COMM_TOLD_TUNER;
+  comm_told_add(&copy->told);
   return ultraepSuccess;
 }
 
 static ultraepResult_t plugin_tuner_close(void *context) {
-  if (context) plugin_tuner_log_close(context);
-  free(context);
+  struct plugin_tuner *tuner = context;
+
+  if (!tuner) return ultraepSuccess;
+  p2p_comm_gone(comm_told_remove(&tuner->told));
+  plugin_tuner_log_close(tuner);
+  free(tuner);
   return ultraepSuccess;
 }
 

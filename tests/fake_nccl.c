@@ -1,9 +1,8 @@
-#include "fake_nccl.h"
+#include "fake_nccl_comm.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
 #include <stdarg.h>
-#include <stdint.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -12,26 +11,8 @@
 #define FAKE_WEAK(name)                                                                                      \
   extern __typeof__(name) name __attribute__((weak, alias("p" #name), visibility("default")))
 
-struct fake_comm {
-  int rank, nRanks;
-  void *context;
-};
-
-typedef int (*fake_init_fn)(void **context, uint64_t id, size_t nRanks, size_t nNodes, void *logger,
-                            void *domains, void *constants);
-typedef int (*fake_finalize_fn)(void *context);
-struct fake_tuner {
-  const char *name;
-  fake_init_fn init;
-  void *getCollInfo;
-  fake_finalize_fn finalize;
-};
-
 static pthread_mutex_t fakeLock = PTHREAD_MUTEX_INITIALIZER;
-static struct fake_state fakeState;
-static void *fakePlugin;
-static struct fake_tuner *fakeTuner;
-static int fakeComms;
+static struct fake_state fakeState = {.childRanks = 1};
 
 FAKE_EXPORT struct fake_state *fake_nccl_state(void) {
   return &fakeState;
@@ -50,6 +31,10 @@ FAKE_EXPORT void fake_nccl_log(int level, unsigned long subsystems, const char *
   pthread_mutex_unlock(&fakeLock);
 }
 
+FAKE_EXPORT uint64_t fake_nccl_hash(const void *comm) {
+  return ((const struct fake_comm *)comm)->hash;
+}
+
 static int fake_record(struct fake_call call, int depth) {
   int result;
 
@@ -62,89 +47,320 @@ static int fake_record(struct fake_call call, int depth) {
   return result;
 }
 
+/* What an operation returns: an error that the test wants, and nothing is issued; in progress where the
+ * communicator does not block. */
+static int fake_issue(struct fake_call call) {
+  const int result = fake_record(call, 0);
+  struct fake_comm *comm = call.comm;
+
+  if (result != FAKE_SUCCESS && result != FAKE_IN_PROGRESS) return result;
+  if (!comm || comm->blocking || fake_group_depth() > 0) return result;
+  comm->busy = 1;
+  return FAKE_IN_PROGRESS;
+}
+
+static int fake_is_issued(int result) {
+  return result == FAKE_SUCCESS || result == FAKE_IN_PROGRESS;
+}
+
+enum { FAKE_ALL = -1, FAKE_NONE = -2 };
+
+static _Thread_local int fakeInside;
+
+/* ---- operations ---- */
 FAKE_TWIN(ncclSend);
 int pncclSend(const void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
-  return fake_record((struct fake_call){"ncclSend", buffer, NULL, count, type, peer, comm, stream}, 0);
+  const int result =
+      fake_issue((struct fake_call){"ncclSend", buffer, NULL, count, type, peer, comm, stream});
+
+  if (fake_is_issued(result) && !fakeInside) fake_operation(comm, OPERATION_SEND, count, type, peer);
+  return result;
 }
 FAKE_WEAK(ncclSend);
 
 FAKE_TWIN(ncclRecv);
 int pncclRecv(void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
-  return fake_record((struct fake_call){"ncclRecv", NULL, buffer, count, type, peer, comm, stream}, 0);
+  const int result =
+      fake_issue((struct fake_call){"ncclRecv", NULL, buffer, count, type, peer, comm, stream});
+
+  if (fake_is_issued(result)) fake_operation(comm, OPERATION_RECV, count, type, peer);
+  return result;
 }
 FAKE_WEAK(ncclRecv);
 
+FAKE_TWIN(ncclPutSignal);
+int pncclPutSignal(const void *buffer, size_t count, int type, int peer, void *window, size_t offset,
+                   int signal, int context, unsigned flags, void *comm, void *stream) {
+  (void)window, (void)offset, (void)signal, (void)context, (void)flags;
+  return fake_issue((struct fake_call){"ncclPutSignal", buffer, NULL, count, type, peer, comm, stream});
+}
+FAKE_WEAK(ncclPutSignal);
+
+FAKE_TWIN(ncclAllReduce);
+int pncclAllReduce(const void *send, void *recv, size_t count, int type, int op, void *comm, void *stream) {
+  const int result =
+      fake_issue((struct fake_call){"ncclAllReduce", send, recv, count, type, op, comm, stream});
+
+  if (fake_is_issued(result)) fake_operation(comm, OPERATION_COLL, count, type, 0);
+  return result;
+}
+FAKE_WEAK(ncclAllReduce);
+
 FAKE_TWIN(ncclGroupStart);
 int pncclGroupStart(void) {
+  fake_group_enter();
   return fake_record((struct fake_call){.name = "ncclGroupStart"}, 1);
 }
 FAKE_WEAK(ncclGroupStart);
 
-FAKE_TWIN(ncclGroupEnd);
-int pncclGroupEnd(void) {
-  return fake_record((struct fake_call){.name = "ncclGroupEnd"}, -1);
-}
-FAKE_WEAK(ncclGroupEnd);
+/* An all-to-all and its kin: what the public call says, and what is behind it. From within the public name of
+ * a send is called, too, as a collective of NCCL might: that is not the program's operation. */
+static int fake_all(struct fake_call call, int sends, int receives) {
+  const struct fake_comm *comm = call.comm;
+  int result;
 
-/* Also calls the public name from within, as a collective of NCCL might: that is not the program's operation.
- */
+  fakeInside = 1;
+  fake_group_enter();
+  (void)ncclSend(call.send, call.count, call.type, 0, call.comm, call.stream);
+  (void)fake_group_leave();
+  fakeInside = 0;
+  result = fake_issue(call);
+  fake_group_enter();
+  for (int peer = 0; comm && fake_is_issued(result) && peer < comm->nRanks; peer++) {
+    if (sends == FAKE_ALL || sends == peer)
+      fake_operation(call.comm, OPERATION_SEND, call.count, call.type, peer);
+    if (receives == FAKE_ALL || receives == peer)
+      fake_operation(call.comm, OPERATION_RECV, call.count, call.type, peer);
+  }
+  (void)fake_group_leave();
+  return result;
+}
+
 FAKE_TWIN(ncclAlltoAll);
 int pncclAlltoAll(const void *send, void *recv, size_t count, int type, void *comm, void *stream) {
-  (void)ncclSend(send, count, type, 0, comm, stream);
-  return fake_record((struct fake_call){"ncclAlltoAll", send, recv, count, type, -1, comm, stream}, 0);
+  return fake_all((struct fake_call){"ncclAlltoAll", send, recv, count, type, -1, comm, stream}, FAKE_ALL,
+                  FAKE_ALL);
 }
 FAKE_WEAK(ncclAlltoAll);
 
+FAKE_TWIN(ncclGather);
+int pncclGather(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream) {
+  const int isRoot = comm && ((struct fake_comm *)comm)->rank == root;
+
+  return fake_all((struct fake_call){"ncclGather", send, recv, count, type, root, comm, stream}, root,
+                  isRoot ? FAKE_ALL : FAKE_NONE);
+}
+FAKE_WEAK(ncclGather);
+
+FAKE_TWIN(ncclScatter);
+int pncclScatter(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream) {
+  const int isRoot = comm && ((struct fake_comm *)comm)->rank == root;
+
+  return fake_all((struct fake_call){"ncclScatter", send, recv, count, type, root, comm, stream},
+                  isRoot ? FAKE_ALL : FAKE_NONE, root);
+}
+FAKE_WEAK(ncclScatter);
+
+/* ---- communicators ---- */
 FAKE_TWIN(ncclCommCount);
 int pncclCommCount(const void *comm, int *count) {
-  if (!comm) return 4;
+  if (!comm || ((const struct fake_comm *)comm)->busy) return FAKE_INVALID;
   *count = ((const struct fake_comm *)comm)->nRanks;
-  return 0;
+  return FAKE_SUCCESS;
 }
 FAKE_WEAK(ncclCommCount);
 
 FAKE_TWIN(ncclCommUserRank);
 int pncclCommUserRank(const void *comm, int *rank) {
-  if (!comm) return 4;
+  if (!comm || ((const struct fake_comm *)comm)->busy) return FAKE_INVALID;
   *rank = ((const struct fake_comm *)comm)->rank;
-  return 0;
+  return FAKE_SUCCESS;
 }
 FAKE_WEAK(ncclCommUserRank);
 
-static void fake_plugin_open(struct fake_comm *comm) {
-  const char *name = getenv("NCCL_TUNER_PLUGIN");
-
-  if (!fakePlugin && name) fakePlugin = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-  if (fakePlugin) fakeTuner = dlsym(fakePlugin, "ncclTunerPlugin_v6");
-  if (fakeTuner) {
-    fakeTuner->init(&comm->context, 1, (size_t)comm->nRanks, 1, (void *)fake_nccl_log, NULL, NULL);
-  }
-}
-
-FAKE_TWIN(ncclCommInitRank);
-int pncclCommInitRank(void **comm, int nRanks, int rank) {
+static int fake_comm_make(void **comm, int nRanks, int rank, uint64_t hash, const void *config) {
   struct fake_comm *made = calloc(1, sizeof(*made));
 
   if (!made) return 2;
   made->rank = rank;
   made->nRanks = nRanks;
-  fake_plugin_open(made);
-  fakeComms++;
+  made->hash = hash;
+  made->blocking = config ? ((const struct fake_config *)config)->blocking : 1;
+  made->busy = !made->blocking;
+  fake_plugins_open(made);
+  pthread_mutex_lock(&fakeLock);
+  fakeState.comms++;
+  pthread_mutex_unlock(&fakeLock);
   *comm = made;
-  return 0;
+  return made->blocking ? FAKE_SUCCESS : FAKE_IN_PROGRESS;
+}
+
+static uint64_t fake_hash(const void *bytes, size_t nBytes) {
+  uint64_t hash = 5381;
+
+  for (size_t i = 0; i < nBytes; i++) hash = hash * 33 + ((const unsigned char *)bytes)[i];
+  return hash;
+}
+
+FAKE_TWIN(ncclCommInitRank);
+int pncclCommInitRank(void **comm, int nRanks, fake_id id, int rank) {
+  if (fakeState.result > 1) return fakeState.result;
+  return fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), NULL);
 }
 FAKE_WEAK(ncclCommInitRank);
 
-static int fake_comm_end(struct fake_comm *comm, const char *name) {
-  int result = fake_record((struct fake_call){.name = name, .comm = comm}, 0);
+FAKE_TWIN(ncclCommInitRankConfig);
+int pncclCommInitRankConfig(void **comm, int nRanks, fake_id id, int rank, void *config) {
+  return fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), config);
+}
+FAKE_WEAK(ncclCommInitRankConfig);
 
-  if (!comm) return 4;
-  if (fakeTuner) fakeTuner->finalize(comm->context);
-  if (--fakeComms == 0 && fakePlugin) {
-    dlclose(fakePlugin);
-    fakePlugin = NULL;
-    fakeTuner = NULL;
+FAKE_TWIN(ncclCommInitRankScalable);
+int pncclCommInitRankScalable(void **comm, int nRanks, int rank, int nIds, const fake_id *ids, void *config) {
+  return fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)), config);
+}
+FAKE_WEAK(ncclCommInitRankScalable);
+
+FAKE_TWIN(ncclCommInitAll);
+int pncclCommInitAll(void **comms, int nDevices, const int *devices) {
+  static atomic_ullong count = 1000;
+  const uint64_t hash = atomic_fetch_add(&count, 1);
+
+  (void)devices;
+  for (int i = 0; i < nDevices; i++) {
+    if (fake_comm_make(&comms[i], nDevices, i, hash, NULL) != FAKE_SUCCESS) return 2;
   }
+  return FAKE_SUCCESS;
+}
+FAKE_WEAK(ncclCommInitAll);
+
+/* ---- from others: at once, at the group's end, or when the parent is asked ---- */
+enum { FAKE_CHILDREN = 64 };
+struct fake_child {
+  struct fake_comm *parent;
+  void **place;
+  uint64_t hash;
+  const void *thread;
+  int nRanks, rank;
+};
+static struct fake_child fakeChildren[FAKE_CHILDREN];
+static int fakeChildCount;
+static _Thread_local char fakeThread;
+
+static void fake_child_make(const struct fake_child *child) {
+  const struct fake_config config = {child->parent->blocking};
+
+  (void)fake_comm_make(child->place, child->nRanks, child->rank, child->hash, &config);
+  ((struct fake_comm *)*child->place)->busy = 0;
+}
+
+/* Makes those of the thread's group, or those that a parent has. */
+static void fake_children_make(const void *thread, const void *parent) {
+  for (;;) {
+    struct fake_child child = {0};
+
+    pthread_mutex_lock(&fakeLock);
+    for (int i = 0; i < fakeChildCount && !child.parent; i++) {
+      if (thread ? fakeChildren[i].thread != thread || !fakeChildren[i].parent->blocking
+                 : fakeChildren[i].parent != parent)
+        continue;
+      child = fakeChildren[i];
+      fakeChildren[i] = fakeChildren[--fakeChildCount];
+    }
+    pthread_mutex_unlock(&fakeLock);
+    if (!child.parent) return;
+    fake_child_make(&child);
+  }
+}
+
+static void fake_children_drop(const struct fake_comm *parent) {
+  pthread_mutex_lock(&fakeLock);
+  for (int i = fakeChildCount - 1; i >= 0; i--) {
+    if (fakeChildren[i].parent == parent) fakeChildren[i] = fakeChildren[--fakeChildCount];
+  }
+  pthread_mutex_unlock(&fakeLock);
+}
+
+static int fake_child(struct fake_comm *parent, int colour, void **comm) {
+  struct fake_child child = {parent, comm, 0, &fakeThread, fakeState.childRanks, fakeState.childRank};
+  uint64_t words[3];
+
+  if (!parent) return FAKE_INVALID;
+  *comm = NULL;
+  words[0] = parent->hash;
+  words[1] = (uint64_t)++parent->nChildren;
+  words[2] = (uint64_t)colour;
+  child.hash = fake_hash(words, sizeof(words));
+  if (colour == FAKE_NO_COLOUR) return FAKE_SUCCESS;
+  if (fake_group_depth() == 0 && parent->blocking) {
+    fake_child_make(&child);
+    return FAKE_SUCCESS;
+  }
+  pthread_mutex_lock(&fakeLock);
+  if (fakeChildCount < FAKE_CHILDREN) fakeChildren[fakeChildCount++] = child;
+  pthread_mutex_unlock(&fakeLock);
+  if (!parent->blocking) parent->busy = 1;
+  return parent->blocking ? FAKE_SUCCESS : FAKE_IN_PROGRESS;
+}
+
+FAKE_TWIN(ncclCommSplit);
+int pncclCommSplit(void *parent, int colour, int key, void **comm, void *config) {
+  (void)key, (void)config;
+  return fake_child(parent, colour, comm);
+}
+FAKE_WEAK(ncclCommSplit);
+
+FAKE_TWIN(ncclCommShrink);
+int pncclCommShrink(void *parent, int *excluded, int nExcluded, void **comm, void *config, int flags) {
+  (void)excluded, (void)nExcluded, (void)config, (void)flags;
+  return fake_child(parent, 1 << 20, comm);
+}
+FAKE_WEAK(ncclCommShrink);
+
+FAKE_TWIN(ncclCommGrow);
+int pncclCommGrow(void *parent, int nRanks, const fake_id *id, int rank, void **comm, void *config) {
+  const struct fake_comm *old = parent;
+
+  (void)id;
+  return fake_comm_make(comm, nRanks, old ? old->rank : rank, 31415, config);
+}
+FAKE_WEAK(ncclCommGrow);
+
+FAKE_TWIN(ncclCommGetAsyncError);
+int pncclCommGetAsyncError(void *comm, int *error) {
+  struct fake_comm *asked = comm;
+
+  *error = asked->busy > 0 ? FAKE_IN_PROGRESS : FAKE_SUCCESS;
+  if (asked->busy > 0) asked->busy--;
+  if (*error == FAKE_SUCCESS) fake_children_make(NULL, comm);
+  return FAKE_SUCCESS;
+}
+FAKE_WEAK(ncclCommGetAsyncError);
+
+FAKE_TWIN(ncclGroupEnd);
+int pncclGroupEnd(void) {
+  const int result = fake_record((struct fake_call){.name = "ncclGroupEnd"}, -1);
+  int pending = 0;
+
+  if (fake_group_leave() > 0) return result;
+  fake_children_make(&fakeThread, NULL);
+  pthread_mutex_lock(&fakeLock);
+  for (int i = 0; i < fakeChildCount; i++) pending += fakeChildren[i].thread == &fakeThread;
+  pthread_mutex_unlock(&fakeLock);
+  return result == FAKE_SUCCESS && pending > 0 ? FAKE_IN_PROGRESS : result;
+}
+FAKE_WEAK(ncclGroupEnd);
+
+/* ---- the end ---- */
+static int fake_comm_end(struct fake_comm *comm, const char *name) {
+  const int result = fake_record((struct fake_call){.name = name, .comm = comm}, 0);
+
+  if (!comm) return FAKE_INVALID;
+  fake_children_drop(comm);
+  fake_plugins_close(comm);
+  pthread_mutex_lock(&fakeLock);
+  fakeState.comms--;
+  pthread_mutex_unlock(&fakeLock);
   free(comm);
   return result;
 }

@@ -1,20 +1,49 @@
 /* A stand-in for NCCL in tests without GPUs: the real names, weak with pnccl twins as NCCL's are, which
- * record what they were called with, in one record for all threads. The first communicator loads the library
- * in NCCL_TUNER_PLUGIN as tuner, the last one closes it, as NCCL does. */
+ * record what they were called with, in one record for all threads. Every communicator loads the libraries in
+ * NCCL_TUNER_PLUGIN and NCCL_PROFILER_PLUGIN and uses their tables of the versions in FAKE_NCCL_TUNER (5, 6)
+ * and FAKE_NCCL_PROFILER (1 to 6; by default 6); the last one closes them, as NCCL does. Operations reach the
+ * profiler when the thread's outermost group ends. */
 #ifndef ULTRAEP_TESTS_FAKE_NCCL_H_
 #define ULTRAEP_TESTS_FAKE_NCCL_H_
 
 #include <stddef.h>
+#include <stdint.h>
+
+typedef struct {
+  char bytes[128];
+} fake_id;
+
+/* As ncclConfig_t: null for the defaults. */
+struct fake_config {
+  int blocking;
+};
+
+enum { FAKE_SUCCESS, FAKE_INVALID = 4, FAKE_IN_PROGRESS = 7, FAKE_NO_COLOUR = -1 };
 
 int ncclSend(const void *buffer, size_t count, int type, int peer, void *comm, void *stream);
 int ncclRecv(void *buffer, size_t count, int type, int peer, void *comm, void *stream);
 int ncclGroupStart(void);
 int ncclGroupEnd(void);
+int ncclAllReduce(const void *send, void *recv, size_t count, int type, int op, void *comm, void *stream);
 int ncclAlltoAll(const void *send, void *recv, size_t count, int type, void *comm, void *stream);
-int ncclCommInitRank(void **comm, int nRanks, int rank);
+int ncclGather(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream);
+int ncclScatter(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream);
+int ncclPutSignal(const void *buffer, size_t count, int type, int peer, void *window, size_t offset,
+                  int signal, int context, unsigned flags, void *comm, void *stream);
+int ncclCommInitRank(void **comm, int nRanks, fake_id id, int rank);
+int ncclCommInitRankConfig(void **comm, int nRanks, fake_id id, int rank, void *config);
+int ncclCommInitRankScalable(void **comm, int nRanks, int rank, int nIds, const fake_id *ids, void *config);
+int ncclCommInitAll(void **comms, int nDevices, const int *devices);
+/* In a group, and from a non-blocking parent, *comm comes later. */
+int ncclCommSplit(void *parent, int colour, int key, void **comm, void *config);
+int ncclCommShrink(void *parent, int *excluded, int nExcluded, void **comm, void *config, int flags);
+int ncclCommGrow(void *parent, int nRanks, const fake_id *id, int rank, void **comm, void *config);
+/* Of a non-blocking communicator: in progress once after each call, then done. */
+int ncclCommGetAsyncError(void *comm, int *error);
 int ncclCommDestroy(void *comm);
 int ncclCommAbort(void *comm);
 int ncclCommFinalize(void *comm);
+/* Fail for a non-blocking communicator that is busy. */
 int ncclCommCount(const void *comm, int *count);
 int ncclCommUserRank(const void *comm, int *rank);
 
@@ -28,15 +57,20 @@ struct fake_call {
 };
 
 /* What the last call was given, how many there were, how deep groups are nested, what calls are to return,
- * how many log lines there were and the last of them. */
+ * how many log lines there were and the last of them; children that a split still has to make, and where
+ * splits find the size and the rank of theirs. */
 struct fake_state {
   struct fake_call last;
   long calls;
-  int depth, result, lines;
+  int depth, result, lines, comms;
   char line[512];
+  int childRanks, childRank;
 };
 struct fake_state *fake_nccl_state(void);
 /* The logger, as NCCL gives it to plugins. */
-void fake_nccl_log(int level, unsigned long subsystems, const char *where, int line, const char *format, ...);
+void fake_nccl_log(int level, unsigned long subsystems, const char *where, int line, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
+/* The id that it tells plugins. */
+uint64_t fake_nccl_hash(const void *comm);
 
 #endif

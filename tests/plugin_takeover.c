@@ -1,10 +1,7 @@
 /* Taking calls over from libraries that know nothing of it: a fake NCCL, clients bound in several ways, and
- * the plugin's code with a record in place of the traffic record. TAKEOVER_FOLDER, which ctest sets, holds
- * them; this program itself is linked to none. With a word as argument it is run as one of the other
- * processes: see main. */
-#include "fake_nccl.h"
-#include "takeover_client.h"
-#include "takeover_record.h"
+ * the plugin's code with a record in place of the traffic record. With a word as argument it is run as one of
+ * the other processes: see main. */
+#include "takeover_common.h"
 
 #include <dlfcn.h>
 #include <limits.h>
@@ -34,69 +31,9 @@ enum { LATE_CASES = 2 };
 enum { LATE_CASES = 4 };
 #endif
 
-enum { SEND, RECV };
-enum { FLOAT32 = 7, THREADS = 4, CALLS_PER_THREAD = 2000 };
+enum { THREADS = 4, CALLS_PER_THREAD = 2000 };
 
 static const char *const eagerClients[] = {"now", "noplt"};
-static struct fake_state *nccl;
-static const struct record_table *record;
-
-static void *library_open(const char *name, int flags) {
-  char path[PATH_MAX];
-  const char *folder = getenv("TAKEOVER_FOLDER");
-  void *library;
-
-  snprintf(path, sizeof(path), "%s/%s", folder ? folder : ".", name);
-  library = dlopen(path, flags);
-  if (!library) fail_msg("%s", dlerror());
-  return library;
-}
-
-static const struct client *client_of(void *library) {
-  const struct client *found = dlsym(library, "client");
-
-  assert_non_null(found);
-  return found;
-}
-
-static const struct client *client_open(const char *kind) {
-  char name[64];
-
-  snprintf(name, sizeof(name), "libtakeover_client_%s.so", kind);
-  return client_of(library_open(name, RTLD_LAZY | RTLD_LOCAL));
-}
-
-static int group_setup(void **state) {
-  struct fake_state *(*get)(void);
-
-  (void)state;
-  get = (struct fake_state * (*)(void))
-      dlsym(library_open("libtakeover_nccl.so", RTLD_NOW | RTLD_LOCAL), "fake_nccl_state");
-  assert_non_null(get);
-  nccl = get();
-  record = dlsym(library_open("libtakeover_recorder.so", RTLD_NOW | RTLD_LOCAL), "recordTable");
-  assert_non_null(record);
-  return 0;
-}
-
-typedef void (*logger_fn)(int level, unsigned long subsystems, const char *where, int line,
-                          const char *format, ...);
-
-static void start(void) {
-  void *library = library_open("libtakeover_nccl.so", RTLD_NOW | RTLD_NOLOAD);
-
-  record->start((logger_fn)dlsym(library, "fake_nccl_log"));
-  assert_int_equal(dlclose(library), 0);
-}
-
-static int test_setup(void **state) {
-  (void)state;
-  record->undo();
-  record->clear();
-  nccl->result = 0;
-  nccl->lines = 0;
-  return 0;
-}
 
 /* The call arrives as it was made, and its result as NCCL gave it. */
 static void check_passes(const struct client *from, void *comm, int result) {
@@ -148,7 +85,7 @@ static void check_counted(int counted) {
 static void check_client(const struct client *from) {
   void *comm;
 
-  assert_int_equal(from->init(&comm, 4, 1), 0);
+  assert_int_equal(from->init(&comm, 4, commId, 1), 0);
   test_setup(NULL);
   check_passes(from, comm, 0);
   check_counted(0);
@@ -182,7 +119,7 @@ static void test_lazy(void **state) {
   void *comm;
 
   (void)state;
-  assert_int_equal(from->init(&comm, 4, 1), 0);
+  assert_int_equal(from->init(&comm, 4, commId, 1), 0);
   start();
   check_passes(from, comm, 0);
   check_counted(1);
@@ -199,7 +136,7 @@ static void test_groups(void **state) {
 
   (void)state;
   start();
-  assert_int_equal(from->init(&comm, 4, 0), 0);
+  assert_int_equal(from->init(&comm, 4, commId, 0), 0);
   for (int i = 0; i < 3; i++) assert_int_equal(from->groupStart(), 0);
   assert_int_equal(nccl->depth, 3);
   assert_int_equal(from->send(NULL, 0, FLOAT32, 0, comm, NULL), 0); /* empty, to itself */
@@ -217,7 +154,7 @@ static void test_comms(void **state) {
   (void)state;
   start();
   for (int i = 0; i < 3; i++) {
-    assert_int_equal(from->init(&comms[i], i + 2, i), 0);
+    assert_int_equal(from->init(&comms[i], i + 2, commId, i), 0);
     assert_int_equal(from->send(NULL, 1, 0, 1, comms[i], NULL), 0);
     assert_int_equal(record->sums().rank, i);
     assert_int_equal(record->sums().nRanks, i + 2);
@@ -253,7 +190,7 @@ static void check_late(void *(*open)(const char *, int), const char *file, int f
   void *comm, *library;
 
   start();
-  assert_int_equal(from->init(&comm, 4, 1), 0);
+  assert_int_equal(from->init(&comm, 4, commId, 1), 0);
   library = open(file, flags);
   if (!library) {
     fail_msg("%s", dlerror());
@@ -320,7 +257,7 @@ static void test_protection(void **state) {
   void *comm;
 
   (void)state;
-  assert_int_equal(from->init(&comm, 4, 1), 0);
+  assert_int_equal(from->init(&comm, 4, commId, 1), 0);
   assert_true(protections(before, sizeof(before)) >= 4);
   start();
   check_passes(from, comm, 0);
@@ -376,7 +313,7 @@ static void test_threads(void **state) {
 
   (void)state;
   start();
-  assert_int_equal(from->init(&comm, THREADS, 1), 0);
+  assert_int_equal(from->init(&comm, THREADS, commId, 1), 0);
   atomic_store(&workersGo, false);
   atomic_store(&workersEnd, false);
   for (int i = 0; i < THREADS + 2; i++) {
@@ -402,7 +339,7 @@ static void test_foreign(void **state) {
 
   (void)state;
   assert_non_null(traced);
-  assert_int_equal(from->init(&comm, 4, 1), 0);
+  assert_int_equal(from->init(&comm, 4, commId, 1), 0);
   start();
   assert_int_equal(from->send(NULL, 3, FLOAT32, 2, comm, NULL), 0);
   assert_int_equal(*traced, 1);
@@ -424,7 +361,7 @@ static int process_plugin(const char *expected) {
       dlsym(library_open("libtakeover_nccl.so", RTLD_NOW | RTLD_NOLOAD), "fake_nccl_state");
   nccl = get();
   for (int i = 0; i < 2; i++) {
-    if (from->init(&comm, 4, 1) != 0) return 1;
+    if (from->init(&comm, 4, commId, 1) != 0) return 1;
     if (nccl->lines < 1) return 2;
     check_passes(from, comm, 0);
     if (from->destroy(comm) != 0) return 3;
@@ -445,7 +382,7 @@ static int process_preload(const char *expected) {
   if (!preloaded || !get) return 1;
   nccl = get();
   record = preloaded;
-  if (from->init(&comm, 4, 1) != 0) return 2;
+  if (from->init(&comm, 4, commId, 1) != 0) return 2;
   check_passes(from, comm, 0);
   check_counted(strcmp(expected, "on") == 0);
   return from->destroy(comm);

@@ -9,6 +9,7 @@
 
 struct trafficComm {
   const void *comm;
+  int rank, nRanks;
 };
 
 static pthread_mutex_t recordLock = PTHREAD_MUTEX_INITIALIZER;
@@ -29,14 +30,14 @@ trafficComm_t *traffic_comm_find(const void *comm) {
 trafficComm_t *traffic_comm_open(const void *comm, uint64_t hash, int rank, int nRanks) {
   trafficComm_t *record = traffic_comm_find(comm);
 
-  (void)hash;
   if (record) return record;
   pthread_mutex_lock(&recordLock);
   for (size_t i = 0; i < 64 && !record; i++) {
     if (recordComms[i].comm) continue;
     record = &recordComms[i];
-    record->comm = comm;
+    *record = (struct trafficComm){comm, rank, nRanks};
     recordSums.opened++;
+    recordSums.hash = hash;
     recordSums.rank = rank;
     recordSums.nRanks = nRanks;
   }
@@ -45,6 +46,7 @@ trafficComm_t *traffic_comm_open(const void *comm, uint64_t hash, int rank, int 
 }
 
 void traffic_comm_close(trafficComm_t *comm) {
+  if (!comm) return;
   pthread_mutex_lock(&recordLock);
   comm->comm = NULL;
   recordSums.closed++;
@@ -52,11 +54,19 @@ void traffic_comm_close(trafficComm_t *comm) {
 }
 
 void traffic_count(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes) {
-  (void)comm;
+  if (!comm || peer < 0 || peer >= RECORD_PEERS) return;
   pthread_mutex_lock(&recordLock);
   recordSums.calls[direction][peer]++;
   recordSums.bytes[direction][peer] += bytes;
   pthread_mutex_unlock(&recordLock);
+}
+
+void traffic_count_all(trafficComm_t *comm, trafficDirection_t direction, uint64_t bytes) {
+  for (int peer = 0; comm && peer < comm->nRanks; peer++) traffic_count(comm, direction, peer, bytes);
+}
+
+int traffic_comm_rank(const trafficComm_t *comm) {
+  return comm ? comm->rank : -1;
 }
 
 void traffic_logger_set(nccl_abi_logger_t logger) {

@@ -10,6 +10,7 @@ enum { RECORD_PEERS = 16 };
 struct record_sums {
   long opened, closed;
   int rank, nRanks; /* of the record opened last */
+  uint64_t hash;
   long calls[2][RECORD_PEERS];
   uint64_t bytes[2][RECORD_PEERS];
 };
