@@ -100,10 +100,10 @@ static void *takeover_nccl_at(const void *address) {
   return NULL;
 }
 
-/* The one that loaded us, to which its logger belongs; else what the program sees; else one under NCCL's
- * name. */
-static void *takeover_nccl_open(nccl_abi_logger_t logger) {
-  void *nccl = takeover_nccl_at((const void *)logger);
+/* The one that loaded us, in which that address is; else what the program sees; else one under NCCL's name.
+ */
+static void *takeover_nccl_open(const void *inside) {
+  void *nccl = takeover_nccl_at(inside);
 
   if (!nccl) nccl = takeover_nccl_at(dlsym(RTLD_DEFAULT, "pncclGroupStart"));
   return nccl ? nccl : dlopen("libnccl.so.2", RTLD_LAZY | RTLD_NOLOAD);
@@ -129,9 +129,9 @@ static void takeover_targets_loader(void) {
   }
 }
 
-static bool takeover_targets_find(nccl_abi_logger_t logger) {
+static bool takeover_targets_find(const void *inside) {
   struct p2p_nccl nccl = {0};
-  void *handle = takeover_nccl_open(logger);
+  void *handle = takeover_nccl_open(inside);
 
   if (!handle) return false;
   for (int call = 0; call < P2P_CALLS; call++) {
@@ -372,13 +372,13 @@ bool takeover_is_preloaded(void) {
   return p2p_wanted() && dlsym(RTLD_DEFAULT, "ultraepPreload") != NULL;
 }
 
-void takeover_start(nccl_abi_logger_t logger) {
+void takeover_start_at(const void *inside, nccl_abi_logger_t logger) {
   if (!p2p_wanted() || takeover_is_preloaded() || !takeover_lock()) return;
   if (logger) {
     takeover.logger = logger;
     traffic_logger_set(logger);
   }
-  if (!takeover.found && takeover_targets_find(logger)) {
+  if (!takeover.found && takeover_targets_find(inside)) {
     takeover_self_pin();
     p2p_group_watch(takeover_look_pending);
   } else if (!takeover.found && !takeover.saidNone) {
@@ -389,6 +389,10 @@ void takeover_start(nccl_abi_logger_t logger) {
   }
   pthread_mutex_unlock(&takeover.lock);
   takeover_look_wanted();
+}
+
+void takeover_start(nccl_abi_logger_t logger) {
+  takeover_start_at((const void *)logger, logger);
 }
 
 /* The originals stay set: a thread may still be on its way through one of our functions. */

@@ -24,6 +24,8 @@
  * look for what came since. logger: NCCL's; null leaves the one told before. Does nothing where the setting
  * is off, the preload library has the calls, or no NCCL is found. */
 void takeover_start(nccl_abi_logger_t logger);
+/* The same, by another address in NCCL, where there may be no logger. */
+void takeover_start_at(const void *inside, nccl_abi_logger_t logger);
 
 /* Whether libultraep-preload.so counts in this process: the plugin then does not. */
 bool takeover_is_preloaded(void);

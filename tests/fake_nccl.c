@@ -35,6 +35,10 @@ FAKE_EXPORT uint64_t fake_nccl_hash(const void *comm) {
   return ((const struct fake_comm *)comm)->hash;
 }
 
+FAKE_EXPORT void *fake_nccl_context(const void *comm) {
+  return ((const struct fake_comm *)comm)->profiled.context;
+}
+
 static int fake_record(struct fake_call call, int depth) {
   int result;
 

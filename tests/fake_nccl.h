@@ -72,5 +72,7 @@ void fake_nccl_log(int level, unsigned long subsystems, const char *where, int l
     __attribute__((format(printf, 5, 6)));
 /* The id that it tells plugins. */
 uint64_t fake_nccl_hash(const void *comm);
+/* What its profiler knows the communicator by; null without one. */
+void *fake_nccl_context(const void *comm);
 
 #endif
