@@ -29,6 +29,7 @@ typedef struct profiler_comm {
   comm_told_t told;
   profiler_forward_t forward;
   bool counts;
+  int *mask; /* NCCL's: one for all its communicators */
   struct profiler_comm *nextFree;
 } profiler_comm_t;
 
@@ -41,9 +42,8 @@ typedef struct profiler_chunk {
 static pthread_mutex_t profilerLock = PTHREAD_MUTEX_INITIALIZER;
 static profiler_chunk_t profilerFirst;
 static profiler_comm_t *profilerFree;
-static char profilerGroup;          /* the handle of groups' events */
-static _Atomic(int *) profilerMask; /* NCCL's */
-static atomic_bool profilerCounts;  /* any communicator */
+static char profilerGroup;         /* the handle of groups' events */
+static atomic_bool profilerCounts; /* any communicator */
 
 /* ---- contexts ---- */
 static profiler_comm_t *profiler_comm_take_locked(void) {
@@ -129,7 +129,7 @@ static ultraepResult_t profiler_init(const profiler_init_t *init, void **context
   comm_told_add(&comm->told);
   profiler_forward_init(&comm->forward, init);
   if (comm->counts) atomic_store(&profilerCounts, true);
-  atomic_store(&profilerMask, mask);
+  comm->mask = mask;
   profiler_mask_set(mask);
   return ultraepSuccess;
 }
@@ -187,7 +187,7 @@ static ultraepResult_t profiler_start(int version, void *context, void **handle,
   if (facts.parent != &profilerGroup)
     profiler_forward_start(comm ? &comm->forward : NULL, version, &facts, event, handle);
   if (facts.type == NCCL_ABI_EVENT_GROUP && !*handle) *handle = &profilerGroup;
-  profiler_mask_set(atomic_load_explicit(&profilerMask, memory_order_relaxed));
+  if (comm) profiler_mask_set(comm->mask);
   return ultraepSuccess;
 }
 

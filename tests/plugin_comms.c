@@ -53,10 +53,12 @@ static void check_rooted(const struct client *from, int rank, int root) {
 }
 
 static void test_rooted(void **state) {
+  const struct client *from = client_open("now");
+
   (void)state;
   start();
-  check_rooted(client_open("now"), 1, 1);
-  check_rooted(client_open("now"), 1, 3);
+  check_rooted(from, 1, 1);
+  check_rooted(from, 1, 3);
 }
 
 /* ---- which communicator: all of its ranks, wherever they are, have one id, and no others do ---- */

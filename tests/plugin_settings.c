@@ -57,12 +57,13 @@ static void check_defaults(const settings_t *settings) {
   assert_string_equal(settings->trafficJson, "");
   assert_string_equal(settings->trafficPrometheus, "");
   assert_string_equal(settings->trafficShared, "");
+  assert_string_equal(settings->profilerForward, "");
 }
 
 static void test_defaults(void **state) {
   static const char *const names[] = {
-      "ULTRAEP_P2P",  "ULTRAEP_TRAFFIC_JSON",    "ULTRAEP_TRAFFIC_SHARED", "ULTRAEP_TRAFFIC_PROMETHEUS",
-      "ULTRAEP_HELP", "ULTRAEP_TRAFFIC_WINDOW_S"};
+      "ULTRAEP_P2P",  "ULTRAEP_TRAFFIC_JSON",     "ULTRAEP_TRAFFIC_SHARED",  "ULTRAEP_TRAFFIC_PROMETHEUS",
+      "ULTRAEP_HELP", "ULTRAEP_TRAFFIC_WINDOW_S", "ULTRAEP_PROFILER_FORWARD"};
   settings_t settings;
 
   (void)state;
