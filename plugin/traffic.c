@@ -423,46 +423,6 @@ void traffic_logger_set(nccl_abi_logger_t logger) {
   atomic_store(&trafficLogger, logger);
 }
 
-/* How far the two sources agree; "" where the profiler told nothing. */
-static void traffic_comm_text_events(const trafficComm_t *comm, char *text, size_t size) {
-  const size_t nCells = TRAFFIC_DIRECTIONS * (size_t)comm->nRanks;
-  uint64_t calls = 0, events = 0;
-
-  for (size_t i = 0; i < nCells; i++) {
-    calls += atomic_load_explicit(&comm->cells[i].calls, memory_order_relaxed);
-    events += atomic_load_explicit(&comm->cells[nCells + i].calls, memory_order_relaxed);
-  }
-  text[0] = '\0';
-  if (events > 0)
-    snprintf(text, size, "; %llu calls taken over, %llu told to the profiler", (unsigned long long)calls,
-             (unsigned long long)events);
-}
-
-static void traffic_comm_text(const trafficComm_t *comm, char *text, size_t size) {
-  trafficTotals_t totals = {0};
-  trafficSummary_t summary;
-  char name[32] = "not known", hottest[96] = "none", events[96];
-
-  traffic_totals_add(comm, &totals);
-  traffic_group_summary(comm->group, 0, &summary);
-  traffic_comm_text_events(comm, events, sizeof(events));
-  if (comm->group->hash != 0) snprintf(name, sizeof(name), "0x%llx", (unsigned long long)comm->group->hash);
-  if (summary.nPairs > 0) {
-    const ultraepTrafficPair_t *pair = &summary.pairs[0];
-
-    snprintf(hottest, sizeof(hottest), "%d to %d (%lld bytes, %lld calls)", pair->from, pair->to,
-             (long long)pair->bytes, (long long)pair->calls);
-  }
-  snprintf(text, size,
-           "UltraEP traffic: communicator %s, rank %d of %d: sent %llu bytes in %llu calls, received %llu "
-           "bytes in "
-           "%llu calls; %d known ranks' sends: imbalance %.3f (max/mean by receiver), hottest pair: %s%s",
-           name, comm->rank, comm->nRanks, (unsigned long long)totals.bytes[TRAFFIC_SEND],
-           (unsigned long long)totals.calls[TRAFFIC_SEND], (unsigned long long)totals.bytes[TRAFFIC_RECV],
-           (unsigned long long)totals.calls[TRAFFIC_RECV], traffic_group_known(comm->group),
-           summary.imbalance, hottest, events);
-}
-
 /* Ends the record and writes its line to `text`; false, and no line, where it has ended already. */
 static bool traffic_comm_close_locked(trafficComm_t *comm, char *text, size_t size) {
   if (atomic_load(&comm->state) & TRAFFIC_CLOSED) return false;

@@ -109,6 +109,9 @@ void traffic_group_summary(const trafficGroup_t *group, int window, trafficSumma
 int32_t traffic_group_windows(const trafficGroup_t *group);
 int32_t traffic_group_known(const trafficGroup_t *group);
 
+/* The record's line in NCCL's log. */
+void traffic_comm_text(const trafficComm_t *comm, char *text, size_t size);
+
 /* The outputs as text, under the lock. */
 void traffic_json_print(FILE *out);
 void traffic_prometheus_print(FILE *out);
