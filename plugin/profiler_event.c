@@ -305,6 +305,7 @@ bool profiler_event_convert(int from, int to, const void *event, const char *com
                             profiler_event_t *converted) {
   profiler_event_t newer;
 
+  if (from > NCCL_ABI_PROFILER_NEWEST || to < 1 || to > from) return false;
   memcpy(converted, event, profiler_event_bytes(from));
   for (int version = from; version > to; version--) {
     memcpy(&newer, converted, profiler_event_bytes(version));
