@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define FAKE_EXPORT __attribute__((visibility("default")))
 #define FAKE_TWIN(name) extern __typeof__(name) p##name __attribute__((visibility("default")))
@@ -202,7 +203,12 @@ static int fake_comm_make(void **comm, int nRanks, int rank, uint64_t hash, cons
 static uint64_t fake_hash(const void *bytes, size_t nBytes) {
   uint64_t hash = 5381;
 
-  for (size_t i = 0; i < nBytes; i++) hash = hash * 33 + ((const unsigned char *)bytes)[i];
+  for (size_t i = 0; i < nBytes; i++) {
+    unsigned char byte;
+
+    memcpy(&byte, (const char *)bytes + i, 1);
+    hash = hash * 33 + byte;
+  }
   return hash;
 }
 

@@ -42,9 +42,9 @@ struct model {
 struct worker {
   pthread_t thread;
   uint64_t random;
-  bool isAlone; /* the only thread: NCCL may fail for it */
   struct model models[COMMS];
   int depth;
+  bool isAlone; /* the only thread: NCCL may fail for it */
   void *children[COMMS]; /* asked for in the group */
   char error[300];
 };
@@ -292,7 +292,7 @@ static int roles_setup(void **state) {
   direct.finalize = (__typeof__(ncclCommFinalize) *)direct_symbol(fake, "pncclCommFinalize");
   hashOf = (uint64_t(*)(const void *))direct_symbol(fake, "fake_nccl_hash");
   contextOf = (void *(*)(const void *))direct_symbol(fake, "fake_nccl_context");
-  assert_non_null(counts);
+  if (!counts) counts = "";
   calls = strcmp(counts, "calls") == 0 || strcmp(counts, "both") == 0;
   events = strcmp(counts, "events") == 0 || strcmp(counts, "both") == 0;
   assert_int_equal(hooked->init(&lasting, 4, commId, 1), 0);
