@@ -261,7 +261,7 @@ static void fake_child_make(const struct fake_child *child) {
   const struct fake_config config = {child->parent->blocking};
 
   (void)fake_comm_make(child->place, child->nRanks, child->rank, child->hash, &config);
-  ((struct fake_comm *)*child->place)->busy = 0;
+  if (*child->place) ((struct fake_comm *)*child->place)->busy = 0;
 }
 
 /* Makes those of the thread's group, or those that a parent has. */

@@ -44,7 +44,7 @@ struct worker {
   uint64_t random;
   struct model models[COMMS];
   int depth;
-  bool isAlone; /* the only thread: NCCL may fail for it */
+  bool isAlone;          /* the only thread: NCCL may fail for it */
   void *children[COMMS]; /* asked for in the group */
   char error[300];
 };
