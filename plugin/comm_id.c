@@ -3,7 +3,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-/* A communicator of NCCL 2.30 has less than 1 MiB. */
+/* More than a communicator of NCCL has. */
 #define COMM_BYTES_MAX ((uintptr_t)4 << 20)
 
 enum { COMM_ID_BUCKETS = 256 };
