@@ -43,7 +43,7 @@ typedef struct {
   ultraepResult_t (*combine)(const backendExchange_t *exchange, cudaStream_t stream);
 
   /* Collective. Compares the layer over the ranks; makes the slots at the first registration. */
-  ultraepResult_t (*expertsRegister)(ultraepGroup_t group, const struct groupLayer *layer);
+  ultraepResult_t (*expertsRegister)(ultraepGroup_t group, struct groupLayer *layer);
   /* The first registration has changed the rates in group->planner, for routes updated from now on. Null: the
    * backend cannot follow, a gate on registered bytes stays off. */
   void (*gateChanged)(ultraepGroup_t group);

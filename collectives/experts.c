@@ -18,6 +18,7 @@ void group_drop_layers(ultraepGroup_t group, int region) {
     const groupLayer_t *layer = &group->layers[i];
     bool uses = false;
     for (int t = 0; t < layer->experts.nWeights; t++) uses |= layer->weights[t].region == region;
+    for (int t = 0; t < layer->experts.nGrads; t++) uses |= layer->grads[t].region == region;
     if (!uses) group->layers[kept++] = *layer;
   }
   group->nLayers = kept;
@@ -62,6 +63,11 @@ static ultraepResult_t experts_resolve(ultraepGroup_t group, int number, const u
       return error_set(ultraepInvalidArgument,
                        "weights[%d].master = %p: its %d experts of %zu bytes do not lie in symmetric memory",
                        t, experts->weights[t].master, group->nLocalExperts, experts->weights[t].bytes);
+  }
+  for (int t = 0; t < experts->nGrads; t++) {
+    uint64_t bytes = (uint64_t)group->nLocalExperts * experts->grads[t].bytes;
+    if (!group_find_place(group, experts->grads[t].master, bytes, &layer->grads[t]))
+      layer->grads[t] = (groupPlace_t){-1, 0};
   }
   return ultraepSuccess;
 }

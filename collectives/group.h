@@ -30,6 +30,8 @@ typedef struct groupLayer {
   int layer;
   ultraepExperts_t experts;
   groupPlace_t weights[ULTRAEP_MAX_TENSORS];
+  groupPlace_t grads[ULTRAEP_MAX_TENSORS]; /* no place: in memory of this rank's own */
+  bool gradsShared;                        /* by the backend: they have places, the same on every rank */
 } groupLayer_t;
 
 struct ultraepGroup {

@@ -187,7 +187,7 @@ ultraepResult_t host_route_update(ultraepRoute_t route, const int32_t *topkIdx, 
                                   int nTokens, cudaStream_t stream);
 ultraepResult_t host_dispatch(const backendExchange_t *exchange, cudaStream_t stream);
 ultraepResult_t host_combine(const backendExchange_t *exchange, cudaStream_t stream);
-ultraepResult_t host_experts_register(ultraepGroup_t group, const groupLayer_t *layer);
+ultraepResult_t host_experts_register(ultraepGroup_t group, groupLayer_t *layer);
 void host_gate_changed(ultraepGroup_t group);
 void host_experts_free(hostRank_t *self);
 ultraepResult_t host_weights_sync(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream);

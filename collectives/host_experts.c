@@ -47,7 +47,7 @@ static ultraepResult_t experts_make_slots(ultraepGroup_t group, const groupLayer
   return ultraepSuccess;
 }
 
-ultraepResult_t host_experts_register(ultraepGroup_t group, const groupLayer_t *layer) {
+ultraepResult_t host_experts_register(ultraepGroup_t group, groupLayer_t *layer) {
   static const char *const names[] = {"the layer", "the tensors' numbers, bytes or types",
                                       "the regions or offsets of the weights"};
   hostRank_t *self = host_rank(group);

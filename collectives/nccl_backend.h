@@ -125,7 +125,7 @@ uint32_t nccl_check_word(const uint64_t *words, size_t n);
 ultraepResult_t nccl_dispatch(const backendExchange_t *exchange, cudaStream_t stream);
 ultraepResult_t nccl_combine(const backendExchange_t *exchange, cudaStream_t stream);
 
-ultraepResult_t nccl_experts_register(ultraepGroup_t group, const groupLayer_t *layer);
+ultraepResult_t nccl_experts_register(ultraepGroup_t group, groupLayer_t *layer);
 void nccl_gate_changed(ultraepGroup_t group);
 ultraepResult_t nccl_weights_sync(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream);
 ultraepResult_t nccl_grads_reduce(ultraepRoute_t route, const groupLayer_t *layer, cudaStream_t stream);

@@ -8,14 +8,17 @@ _Static_assert(KERNEL_MAX_TENSORS == ULTRAEP_MAX_TENSORS, "tables of tensors");
 
 /* ---- registration ---- */
 
-/* What ranks tell each other of a layer; `words` must be equal on all of them. */
-enum { EXPERTS_LAYER, EXPERTS_SHAPE, EXPERTS_PLACES, EXPERTS_WORDS };
+/* What ranks tell each other of a layer. Those before EXPERTS_GRADS must be equal on all of them; this one
+ * tells whether, and where, the gradients are in symmetric memory. */
+enum { EXPERTS_LAYER, EXPERTS_SHAPE, EXPERTS_PLACES, EXPERTS_GRADS, EXPERTS_WORDS };
+enum { EXPERTS_GRADS_OWN = 0 }; /* not all of them are */
 
 static void experts_describe(const groupLayer_t *layer, uint64_t *words) {
   const ultraepExperts_t *experts = &layer->experts;
   uint64_t shape[2 + 2 * ULTRAEP_MAX_TENSORS * 2] = {(uint64_t)experts->nWeights, (uint64_t)experts->nGrads};
-  uint64_t places[2 * ULTRAEP_MAX_TENSORS];
-  size_t nShape = 2, nPlaces = 0;
+  uint64_t places[2 * ULTRAEP_MAX_TENSORS], grads[2 * ULTRAEP_MAX_TENSORS];
+  size_t nShape = 2, nPlaces = 0, nGrads = 0;
+  bool areShared = experts->nGrads > 0;
   for (int t = 0; t < experts->nWeights; t++) {
     shape[nShape++] = experts->weights[t].bytes;
     places[nPlaces++] = (uint64_t)layer->weights[t].region;
@@ -24,24 +27,30 @@ static void experts_describe(const groupLayer_t *layer, uint64_t *words) {
   for (int t = 0; t < experts->nGrads; t++) {
     shape[nShape++] = experts->grads[t].bytes;
     shape[nShape++] = (uint64_t)experts->grads[t].dataType;
+    areShared = areShared && layer->grads[t].region >= 0;
+    grads[nGrads++] = (uint64_t)layer->grads[t].region;
+    grads[nGrads++] = layer->grads[t].offset;
   }
   words[EXPERTS_LAYER] = (uint64_t)layer->layer;
   words[EXPERTS_SHAPE] = nccl_check_word(shape, nShape);
   words[EXPERTS_PLACES] = nccl_check_word(places, nPlaces);
+  words[EXPERTS_GRADS] = areShared ? UINT64_C(1) << 32 | nccl_check_word(grads, nGrads) : EXPERTS_GRADS_OWN;
 }
 
-static ultraepResult_t experts_agree(ncclRank_t *self, const groupLayer_t *layer) {
-  static const char *const names[EXPERTS_WORDS] = {"the layer", "the tensors' numbers, bytes or types",
+static ultraepResult_t experts_agree(ncclRank_t *self, groupLayer_t *layer) {
+  static const char *const names[EXPERTS_GRADS] = {"the layer", "the tensors' numbers, bytes or types",
                                                    "the regions or offsets of the weights"};
   uint64_t mine[EXPERTS_WORDS], (*all)[EXPERTS_WORDS] = calloc((size_t)self->nRanks, sizeof(*all));
   if (!all) return error_set(ultraepSystemError, "no memory for registering experts");
   experts_describe(layer, mine);
   ultraepResult_t result = nccl_agree(self, mine, all, sizeof(mine), "experts");
   for (int r = 1; r < self->nRanks && result == ultraepSuccess; r++)
-    for (int i = 0; i < EXPERTS_WORDS && result == ultraepSuccess; i++)
+    for (int i = 0; i < EXPERTS_GRADS && result == ultraepSuccess; i++)
       if (all[r][i] != all[0][i])
         result = error_set(ultraepInvalidUsage, "ultraepExpertsRegister: %s differ between ranks 0 and %d",
                            names[i], r);
+  layer->gradsShared = result == ultraepSuccess && all[0][EXPERTS_GRADS] != EXPERTS_GRADS_OWN;
+  for (int r = 1; r < self->nRanks; r++) layer->gradsShared &= all[r][EXPERTS_GRADS] == all[0][EXPERTS_GRADS];
   free(all);
   return result;
 }
@@ -76,7 +85,7 @@ static ultraepResult_t experts_make_slots(ultraepGroup_t group, const groupLayer
   return ultraepSuccess;
 }
 
-ultraepResult_t nccl_experts_register(ultraepGroup_t group, const groupLayer_t *layer) {
+ultraepResult_t nccl_experts_register(ultraepGroup_t group, groupLayer_t *layer) {
   ultraepResult_t result = experts_agree(nccl_rank(group), layer);
   if (result != ultraepSuccess || group->hasSlots) return result;
   return experts_make_slots(group, layer);
@@ -122,8 +131,12 @@ static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *
     made.weights[t].peers = self->regions[layer->weights[t].region].devicePeers;
     made.weights[t].peersOffset = layer->weights[t].offset;
   }
-  for (int t = 0; t < experts->nGrads; t++)
+  for (int t = 0; t < experts->nGrads; t++) {
     made.grads[t] = experts_tensor(group, &experts->grads[t], experts->nWeights + t, &made.nGradTiles);
+    if (!layer->gradsShared) continue;
+    made.grads[t].peers = self->regions[layer->grads[t].region].devicePeers;
+    made.grads[t].peersOffset = layer->grads[t].offset;
+  }
   return made;
 }
 

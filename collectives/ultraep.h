@@ -331,7 +331,9 @@ ULTRAEP_API ultraepResult_t ultraepRouteDispatch(ultraepRoute_t route, const int
 /* ---- replicas' weights and gradients ---- */
 typedef struct {
   /* [E/R][bytes], aligned to 16. Weights: symmetric memory, at the same offset of the same region on every
-   * rank. Gradients: any memory of this rank. */
+   * rank. Gradients: any memory of this rank; where all of a layer's are symmetric memory, at the same places
+   * on every rank, the ranks that hold an expert's replicas share the work of adding, with the same bits as
+   * result. A layer ends with the symmetric memory that holds any of its tensors. */
   void *master;
   size_t bytes;     /* of one expert, a multiple of 16; equal in every layer and on every rank */
   int32_t dataType; /* weights: ignored (copied as bytes); gradients: ULTRAEP_FLOAT32 or ULTRAEP_BFLOAT16 */

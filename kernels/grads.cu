@@ -1,9 +1,11 @@
 // Gradients: master += its replicas' slots, in fp32 in the order master, replicas ascending by rank, rounded
 // once; then the slots are zeros again.
 //
-// A master's rank reads the slots where they are, a tile at a time, a warp for each tile of (expert, tensor).
-// It tells the slots' ranks which tiles it has read, and those clear them meanwhile. No order depends on
-// timing, so the sums are the same bits every time.
+// Where all ranks see the masters, the ranks of an expert's chain take its tiles in turn: each reads a tile's
+// rows where they are, adds, and stores the sum in the master. Where they do not, the master's rank takes
+// all. A warp takes a tile of (expert, tensor); it tells the slots' ranks which tiles have been read, and
+// those clear them meanwhile. No order of addition depends on who takes a tile, or when, so the sums are the
+// same bits every time.
 #include "elements.cuh"
 #include "experts.cuh"
 #include "load.cuh"
@@ -24,13 +26,23 @@ struct GradsContext {
   const Chain *chains; // masters of this rank lie together
   int nChains, firstMaster, nMasters;
   uint32_t call;
+  bool isShared; // the work of adding
 
   __device__ GradsContext(const kernelGroup_t &group, const kernelRoute_t &plan,
                           const kernelExperts_t &experts, const Chain *table, int n, uint32_t number)
       : g(group), route(plan), x(experts), chains(table), nChains(n), firstMaster(0), nMasters(0),
-        call(number) {
+        call(number), isShared(experts.nGrads > 0 && experts.grads[0].peers) {
     while (firstMaster < n && table[firstMaster].at != 0) firstMaster++;
     while (firstMaster + nMasters < n && table[firstMaster + nMasters].at == 0) nMasters++;
+  }
+  // The place that adds a tile, how many of a chain's tiles this rank adds, and its nth.
+  __device__ int adder(const Chain &chain, int number) const { return isShared ? number % (chain.n + 1) : 0; }
+  __device__ int nTiles(const Chain &chain) const {
+    if (isShared) return (x.nGradTiles - chain.at + chain.n) / (chain.n + 1);
+    return chain.at == 0 ? x.nGradTiles : 0;
+  }
+  __device__ int nthTile(const Chain &chain, int nth) const {
+    return isShared ? chain.at + nth * (chain.n + 1) : nth;
   }
 };
 
@@ -57,8 +69,9 @@ struct GradsTile {
   int number;
 
   __device__ char *master() const {
-    int local = chain.expert - c.g.rank * c.g.planner.perRank;
-    return tensor.master + size_t(local) * tensor.bytes + tile.at;
+    int rank = chain.expert / c.g.planner.perRank, local = chain.expert - rank * c.g.planner.perRank;
+    char *masters = rank == c.g.rank ? tensor.master : tensor.peers[rank] + tensor.peersOffset;
+    return masters + size_t(local) * tensor.bytes + tile.at;
   }
   // The row of the chain's place `first` + lane.
   __device__ const char *row(int first, Place place) const {
@@ -156,12 +169,18 @@ __device__ inline void tellRead(const GradsTile &t, Place firstPlaces) {
   }
 }
 
-// This rank's masters: worker of nWorkers warps.
-__device__ void reduceMasters(const GradsContext &c, int worker, int nWorkers) {
+// This rank's share: worker of nWorkers warps.
+__device__ void addTiles(const GradsContext &c, int worker, int nWorkers) {
+  int next = 0, before = 0, after = 0; // tiles of the chains below `next`, without and with the last of them
 #pragma unroll 1
-  for (int i = worker; i < c.x.nGradTiles * c.nMasters; i += nWorkers) {
-    const Chain &chain = c.chains[c.firstMaster + i % c.nMasters];
-    int number = i / c.nMasters;
+  for (int i = worker;; i += nWorkers) {
+    for (; i >= after && next < c.nChains; next++) {
+      before = after;
+      after += c.nTiles(c.chains[next]);
+    }
+    if (i >= after) return;
+    const Chain &chain = c.chains[next - 1];
+    int number = c.nthTile(chain, i - before);
     Tile tile = tileOf(c.x.grads, c.x.nGrads, number);
     GradsTile t = {c, chain, c.x.grads[tile.tensor], tile, number};
     Place places = findPlaces(c, chain.expert, 0);
@@ -174,14 +193,16 @@ __device__ void reduceMasters(const GradsContext &c, int worker, int nWorkers) {
   }
 }
 
-// Waits until the master's rank has read the tile of this rank's slot; false when the group has failed. By a
-// warp.
-__device__ inline bool waitRead(const GradsContext &c, const Chain &chain, const uint32_t *flag) {
+// Waits until the tile of this rank's slot has been read; false when the group has failed. By a warp.
+__device__ inline bool waitRead(const GradsContext &c, const Chain &chain, int number, const uint32_t *flag) {
+  int adder = c.adder(chain, number);
+  int source = __shfl_sync(kFullWarp, int(findPlaces(c, chain.expert, adder).rank), 0);
+  if (adder == 0) source = chain.expert / c.g.planner.perRank;
   bool isRead = true;
   if (threadIdx.x % kWarp == 0) {
     WaitClock clock;
     for (int polls = 1; isRead && loadAcquireSystem(flag) != c.call; polls++) {
-      isRead = !clock.isOver(c.g, polls, KERNEL_PHASE_GRADS, chain.expert / c.g.planner.perRank, 0);
+      isRead = !clock.isOver(c.g, polls, KERNEL_PHASE_GRADS, source, 0);
       __nanosleep(kClearPauseNs);
     }
   }
@@ -196,7 +217,7 @@ __device__ void clearSlots(const GradsContext &c, int worker, int nWorkers) {
     int nth = i % nSlots, number = i / nSlots;
     const Chain &chain = c.chains[nth < c.firstMaster ? nth : nth + c.nMasters];
     Place here = {int16_t(c.g.rank), chain.slot};
-    if (!waitRead(c, chain, tileFlag(c.x, here, number))) return;
+    if (!waitRead(c, chain, number, tileFlag(c.x, here, number))) return;
     Tile tile = tileOf(c.x.grads, c.x.nGrads, number);
     char *slot = slotAddress(c.x, c.x.grads[tile.tensor], here) + tile.at;
 #pragma unroll 4
@@ -218,7 +239,7 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
   if (alive) {
     GradsContext c(g, route, x, chains, nChains, call);
     int warps = blockDim.x / kWarp, worker = int(blockIdx.x) + int(threadIdx.x / kWarp) * int(gridDim.x);
-    reduceMasters(c, worker, int(gridDim.x) * warps);
+    addTiles(c, worker, int(gridDim.x) * warps);
     clearSlots(c, worker, int(gridDim.x) * warps);
   }
   if (alive && blockIdx.x == 0 && threadIdx.x == 0) {

@@ -212,7 +212,8 @@ int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
 typedef struct {
   size_t bytes;       /* of one expert, a multiple of 16 */
   char *master;       /* [E/R][bytes], this rank's */
-  char *const *peers; /* weights: [R] device array: the region that holds the masters, in every rank */
+  char *const *peers; /* [R] device array: the region that holds the masters, in every rank; null: gradients
+                         that other ranks do not see, all of a layer's or none */
   size_t peersOffset; /* of the masters in it */
   size_t slotOffset;  /* in every rank's slot memory: [S][bytes] */
   int32_t firstTile;  /* in the numbers of the tiles of all weights, or of all gradients, of one expert */

@@ -54,17 +54,13 @@ static int64_t moe_own_rows(const moeRank_t *rank) {
 
 static bool moe_layers_allocate(moeRank_t *rank) {
   const moeOptions_t *options = moe_options(rank);
-  int64_t inter = options->inter, perRank = moe_experts_per_rank(rank);
+  int64_t inter = options->inter;
   bool whole = true;
   for (int32_t l = 0; whole && l < options->nLayers; l++) {
     moeLayer_t *layer = &rank->layers[l];
     layer->gateUp = moe_own(rank, rank->ownRows * 2 * inter, sizeof(uint16_t));
     layer->act = moe_own(rank, rank->ownRows * inter, sizeof(uint16_t));
     whole = layer->gateUp != NULL && layer->act != NULL;
-    for (int t = 0; t < MOE_TENSORS; t++) {
-      layer->grads[t] = moe_own(rank, perRank * moe_tensor_count(options, t), sizeof(float));
-      whole = whole && layer->grads[t] != NULL;
-    }
   }
   return whole;
 }
@@ -154,6 +150,8 @@ static void moe_symmetric_lay(moeRank_t *rank, moeSymmetric_t *from) {
     layer->rowWeights = moe_symmetric_part(from, maxRows, sizeof(float));
     for (int t = 0; t < MOE_TENSORS; t++)
       layer->weights[t] = moe_symmetric_part(from, perRank * moe_tensor_count(options, t), sizeof(uint16_t));
+    for (int t = 0; t < MOE_TENSORS; t++)
+      layer->grads[t] = moe_symmetric_part(from, perRank * moe_tensor_count(options, t), sizeof(float));
   }
 }
 

@@ -51,11 +51,14 @@ static const char *side_make(gpuWorld_t *world, const gpuExperts_t *x, int rank,
   RANK_MEET(world);
   for (int t = 0; t < x->nGrads; t++) {
     size_t bytes = (size_t)nLocal * x->bytes[x->nWeights + t];
-    if (onDevice)
+    if (onDevice && x->sharesGrads)
+      RANK_OK(ultraepMemAlloc(made->side.group, (void **)&made->grads[t], bytes));
+    else if (onDevice)
       RANK_CUDA(cudaMalloc((void **)&made->grads[t], bytes));
     else
       RANK_CHECK(made->grads[t] = aligned_alloc(16, bytes), "no memory");
   }
+  made->ownsGrads = !(onDevice && x->sharesGrads);
   RANK_MEET(world);
   for (int layer = 0; layer < x->nLayers; layer++) {
     ultraepExperts_t experts = gpu_experts_of(x, made, nLocal, layer);
@@ -66,7 +69,7 @@ static const char *side_make(gpuWorld_t *world, const gpuExperts_t *x, int rank,
 }
 
 static const char *side_free(gpuExpertSide_t *side) {
-  for (int t = 0; t < ULTRAEP_MAX_TENSORS; t++) {
+  for (int t = 0; t < ULTRAEP_MAX_TENSORS && side->ownsGrads; t++) {
     if (side->side.onDevice)
       RANK_CUDA(cudaFree(side->grads[t]));
     else

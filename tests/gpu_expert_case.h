@@ -14,9 +14,10 @@ typedef struct {
   size_t bytes[GPU_EXPERT_TENSORS]; /* weights, then gradients */
   int32_t types[GPU_EXPERT_TENSORS];
   gpuLoads_t loads;
-  bool isPortable; /* without bulk copies, as before sm_90 */
-  bool usesGraphs; /* calls are replayed */
-  bool repeats;    /* the same inputs in every step */
+  bool isPortable;  /* without bulk copies, as before sm_90 */
+  bool usesGraphs;  /* calls are replayed */
+  bool repeats;     /* the same inputs in every step */
+  bool sharesGrads; /* the device's gradients are symmetric memory */
 } gpuExperts_t;
 
 /* One backend's part of a rank. */
@@ -24,6 +25,7 @@ typedef struct {
   gpuSide_t side;
   unsigned char *masters; /* symmetric: [layer][tensor][local expert][bytes] */
   unsigned char *grads[ULTRAEP_MAX_TENSORS];
+  bool ownsGrads;
 } gpuExpertSide_t;
 
 typedef struct {

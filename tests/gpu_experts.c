@@ -51,6 +51,7 @@ static gpuExperts_t experts_make(planner_random_t *random, int nRanks) {
   }
   x.loads = planner_random_below(random, 2) ? GPU_LOADS_ONE_EXPERT : GPU_LOADS_SKEW;
   x.isPortable = planner_random_below(random, 3) == 0;
+  x.sharesGrads = planner_random_below(random, 2);
   return x;
 }
 
@@ -93,7 +94,7 @@ static void test_eight(void **state) {
   check_random(8);
 }
 
-static void check_hot(bool usesGraphs, bool repeats, bool isPortable, int nSteps) {
+static void check_hot(bool usesGraphs, bool repeats, bool isPortable, bool sharesGrads, int nSteps) {
   gpuWorld_t world;
   gpuExperts_t x = gpu_experts_hot();
   const char *flaw = gpu_world_make(&world, 8);
@@ -101,6 +102,7 @@ static void check_hot(bool usesGraphs, bool repeats, bool isPortable, int nSteps
   x.usesGraphs = usesGraphs;
   x.repeats = repeats;
   x.isPortable = isPortable;
+  x.sharesGrads = sharesGrads;
   x.nSteps = nSteps;
   run(&world, experts_rank, &x, usesGraphs ? "graphs" : "repeated");
   gpu_world_free(&world);
@@ -108,12 +110,14 @@ static void check_hot(bool usesGraphs, bool repeats, bool isPortable, int nSteps
 
 static void test_repeated(void **state) {
   (void)state;
-  check_hot(false, true, false, 20);
-  check_hot(false, true, true, 5);
+  check_hot(false, true, false, false, 20);
+  check_hot(false, true, false, true, 20);
+  check_hot(false, true, true, true, 5);
 }
 static void test_graphs(void **state) {
   (void)state;
-  check_hot(true, false, false, 60);
+  check_hot(true, false, false, false, 60);
+  check_hot(true, false, false, true, 60);
 }
 
 /* ---- many layers, two routes alive ---- */
