@@ -5,9 +5,20 @@
 #include <argp.h>
 #include <stdlib.h>
 
-enum { KEY_INTER = KEY_OWN, KEY_LAYERS, KEY_GEMM, KEY_IDEAL, KEY_GATE, KEY_LINK, KEY_ROW, KEY_EXPERT };
+enum {
+  KEY_INTER = KEY_OWN,
+  KEY_LAYERS,
+  KEY_GEMM,
+  KEY_GRADS,
+  KEY_IDEAL,
+  KEY_GATE,
+  KEY_LINK,
+  KEY_ROW,
+  KEY_EXPERT
+};
 
 const char *const moeGemmModes[2] = {"each", "grouped"};
+const char *const moeGradsModes[2] = {"ordered", "unordered"};
 
 static const char moeDoc[] =
     "Times a whole Mixture-of-Experts layer, forward and backward: unbalanced, balanced, and with traffic "
@@ -66,12 +77,13 @@ static const struct argp_option moeOptionTable[] = {
     {"ideal", KEY_IDEAL, "even|random", 0,
      "Experts of the ideal run: dealt evenly, or drawn by each token (even)", 2},
     {"gate", KEY_GATE, "0|1", 0, "Leave out replicas that cost more than they save (0)", 3},
-    {"link-gbps", KEY_LINK, "GB/S", 0, "Rate of a rank's link, for the cost gate (the library's)", 3},
+    {"link-gbps", KEY_LINK, "GB/S", 0, "Rate of a rank's link, for the cost gate (measured on GPUs)", 3},
     {"expert-us", KEY_EXPERT, "US", 0,
      "Time that one more expert costs its rank however few its rows, forward and backward, for the gate (0)",
      3},
     {"row-us", KEY_ROW, "US", 0,
      "Time that a row costs its rank, forward and backward, for the gate (the library's)", 3},
+    {"grads", KEY_GRADS, "ordered|unordered", 0, "Order in which replicas' gradients are added (ordered)", 2},
     {"gemm", KEY_GEMM, "each|grouped", 0, "How cuBLAS multiplies (each)", 4},
     {0}};
 
@@ -85,6 +97,8 @@ static int moe_option_apply(int key, const char *text, moeOptions_t *options, pe
     return optionInt32("--layers", text, 1, MOE_MAX_LAYERS, &options->nLayers, error);
   case KEY_GEMM:
     return optionName("--gemm", text, moeGemmModes, 2, &options->gemm, error);
+  case KEY_GRADS:
+    return optionName("--grads", text, moeGradsModes, 2, &options->gradsMode, error);
   case KEY_IDEAL:
     return optionName("--ideal", text, workloadIdeals, 2, &options->ideal, error);
   case KEY_GATE:
