@@ -161,7 +161,7 @@ static void test_gate(void **state) {
   x.shape.config.nSlots = 1;
   x.shape.config.nExperts = 4;
   x.shape.config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED;
-  x.shape.config.rowSeconds = 1e-3; /* rows so dear that there is room for any copy */
+  x.shape.config.rowSeconds = 4e-6; /* rows so dear that there is room for any copy */
   x.shape.config.maxRecvRows = 0;
   x.bytes[0] = 4 << 20;
   x.bytes[1] = 8 << 20;
@@ -308,7 +308,7 @@ static void test_layers(void **state) {
   check_layers(4, true);
 }
 
-/* Optional argument: random cases for each number of ranks (fewer under a checker). */
+/* Optional arguments: random cases for each number of ranks (fewer under a checker), and which tests. */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_two),    cmocka_unit_test(test_four),     cmocka_unit_test(test_eight),
@@ -319,5 +319,6 @@ int main(int argc, char **argv) {
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
   if (argc > 1) nCases = atoi(argv[1]);
+  if (argc > 2) cmocka_set_test_filter(argv[2]);
   return cmocka_run_group_tests_name("gpu_experts", tests, NULL, NULL);
 }
