@@ -220,6 +220,7 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks) {
       {"expertBytes", config->expertBytes, ULTRAEP_EXPERT_BYTES_REGISTERED, CONFIG_MAX_EXPERT_BYTES},
       {"dispatchMode", config->dispatchMode, ULTRAEP_DISPATCH_AUTO, ULTRAEP_DISPATCH_ONCE},
       {"combineMode", config->combineMode, ULTRAEP_COMBINE_EXACT, ULTRAEP_COMBINE_PARTIAL},
+      {"gradsMode", config->gradsMode, ULTRAEP_GRADS_ORDERED, ULTRAEP_GRADS_UNORDERED},
       {"maxRoutes", config->maxRoutes, 1, CONFIG_MAX_ROUTES},
       {"maxCtas", config->maxCtas, 0, 65535},
       {"timeoutMs", config->timeoutMs, 1, 3600000},
@@ -253,6 +254,7 @@ const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b
   DIFFERS(expertSeconds);
   DIFFERS(dispatchMode);
   DIFFERS(combineMode);
+  DIFFERS(gradsMode);
   DIFFERS(maxRoutes);
   DIFFERS(maxCtas);
   DIFFERS(timeoutMs);
@@ -273,6 +275,24 @@ ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks,
   return planner;
 }
 
+/* Copies that a rank can have to receive, or to send. */
+static double config_most_copies(const ultraepConfig_t *config, int nRanks) {
+  return fmax(config->nSlots, (double)config->nExperts / nRanks);
+}
+
+static int64_t config_padding(const ultraepConfig_t *config, int nRanks) {
+  return (int64_t)(config->nExperts / nRanks + config->nSlots) * (config->alignment - 1);
+}
+
+void config_gate_limit(const ultraepConfig_t *config, int nRanks, int64_t maxRecvRows,
+                       ultraepPlannerConfig_t *planner) {
+  if (planner->copyPs == 0) return;
+  int64_t full = (int64_t)config->maxTokens * config->topK;
+  double room = fmax(0, (double)(maxRecvRows - config_padding(config, nRanks) - full));
+  double most = fmax(1, floor(room * planner->rowPs / config_most_copies(config, nRanks)));
+  if ((double)planner->copyPs > most) planner->copyPs = (uint64_t)most;
+}
+
 /* Rows that the gate may leave on a rank above what a full balance would: those that cost as much as all the
  * copies that a rank can have to receive, or to send. */
 static double config_gate_rows(const ultraepConfig_t *config, int nRanks) {
@@ -280,7 +300,7 @@ static double config_gate_rows(const ultraepConfig_t *config, int nRanks) {
   /* Nothing is registered yet: training, with gradients of twice the weights' bytes. */
   configWork_t work = config->expertBytes > 0 ? config_work(config, NULL) : (configWork_t){4, 3, 0};
   ultraepConfig_t rates = *config;
-  double row, copy, copies = fmax(config->nSlots, (double)config->nExperts / nRanks);
+  double row, copy, copies = config_most_copies(config, nRanks);
   if (config->expertBytes < 0) rates.rowSeconds = 0;
   config_costs(&rates, NULL, &work, &row, &copy);
   return row > 0 ? ceil(copies * copy / row) : INFINITY;
@@ -301,7 +321,7 @@ int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks) {
 int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks) {
   if (config->maxRecvRows > 0) return config->maxRecvRows;
   int64_t full = (int64_t)config->maxTokens * config->topK; /* what one rank can send */
-  int64_t padding = (int64_t)(config->nExperts / nRanks + config->nSlots) * (config->alignment - 1);
+  int64_t padding = config_padding(config, nRanks);
   double rows = (double)(nRanks > 1 ? 2 : 1) * (double)full;
   double most = fmin((double)nRanks * (double)full, (double)(CONFIG_MAX_RECV_ROWS - padding));
   double gated = fmin((double)full + config_gate_rows(config, nRanks), most);

@@ -23,8 +23,9 @@ const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b
  * The gate is that of the config alone: nothing measured, nothing registered. */
 ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks, int nDomainRanks);
 
-/* What a backend measured once, at creation, for what the config does not say. Must be equal on every rank,
- * or plans would differ: ranks agree on one value first. 0: not measured, the default stands. */
+/* What a backend measured once, when experts were registered, for what the config does not say. Must be equal
+ * on every rank, or plans would differ: ranks agree on one value first. 0: not measured, the default stands.
+ */
 typedef struct {
   double linkBytesPerSecond;   /* at which one rank sends weights */
   double weightBytesPerSecond; /* weights over the time that an expert takes for one row, when it has many */
@@ -33,6 +34,10 @@ typedef struct {
  * else the default. measured may be null; experts is the registered shape, or null. */
 void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
                  const ultraepExperts_t *experts, ultraepPlannerConfig_t *planner);
+/* Room for rows was made before anything was measured: copies are not dearer than that the rows which the
+ * gate may leave on a rank for them have room. */
+void config_gate_limit(const ultraepConfig_t *config, int nRanks, int64_t maxRecvRows,
+                       ultraepPlannerConfig_t *planner);
 /* For a checked config: what ULTRAEP_DISPATCH_AUTO means on GPUs; another mode stands. */
 int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks);
 /* For a checked config: the rows a rank may receive, padding included. */

@@ -29,8 +29,10 @@ ultraepResult_t group_make(ultraepGroup_t *group, const backend_t *backend, cons
 }
 
 void group_set_gate(ultraepGroup_t group) {
-  config_gate(&group->config, &group->measured, group->hasSlots ? &group->shape.experts : NULL,
-              &group->planner);
+  const ultraepConfig_t *config = &group->config;
+  config_gate(config, &group->measured, group->hasSlots ? &group->shape.experts : NULL, &group->planner);
+  if (group->measured.linkBytesPerSecond > 0)
+    config_gate_limit(config, group->nRanks, group->maxRecvRows, &group->planner);
 }
 
 void group_free(ultraepGroup_t group) {

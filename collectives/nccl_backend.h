@@ -93,6 +93,9 @@ ultraepResult_t nccl_give_up(ncclRank_t *self, const char *phase);
 typedef int (*ncclCall_t)(const ncclSymbols_t *nccl, ncclComm_t comm, void *argument);
 ultraepResult_t nccl_call(ncclRank_t *self, ncclCall_t run, void *argument, size_t bytes, const char *what);
 
+/* Waits for the group's own stream, but not for ever: a rank that never comes leaves NCCL's kernel waiting.
+ */
+ultraepResult_t nccl_stream_wait(ncclRank_t *self, const char *phase);
 /* Collective: gives every rank's message (bytes <= NCCL_AGREE_BYTES) to all, in order of rank; messages holds
  * R * bytes. Waits at most the group's timeout for each of its two steps. */
 #define NCCL_AGREE_BYTES 512

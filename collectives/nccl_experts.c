@@ -85,10 +85,66 @@ static ultraepResult_t experts_make_slots(ultraepGroup_t group, const groupLayer
   return ultraepSuccess;
 }
 
+/* ---- the link's rate, for the gate ---- */
+
+enum { EXPERTS_COPIES = 4 };                  /* timed, after one that is not */
+#define EXPERTS_LEAST_BYTES ((size_t)1 << 20) /* of a copy: below, it is the launch that counts */
+#define EXPERTS_MOST_BYTES ((size_t)64 << 20)
+
+/* Zeros from the next rank's slots over this rank's, which still are zeros, while all other ranks do the
+ * same. Sets *rate to the best copy's, bytes a second; 0: not known. */
+static ultraepResult_t experts_time_copies(ncclRank_t *self, size_t bytes, double *rate) {
+  const char *from = self->slots.peers[(self->rank + 1) % self->nRanks];
+  cudaEvent_t events[EXPERTS_COPIES + 1] = {NULL};
+  cudaError_t error = cudaSuccess;
+  float best = 0;
+  for (int i = 0; i <= EXPERTS_COPIES && error == cudaSuccess; i++) error = cudaEventCreate(&events[i]);
+  for (int i = 0; i <= EXPERTS_COPIES && error == cudaSuccess; i++) {
+    error = cudaMemcpyAsync(self->slots.base, from, bytes, cudaMemcpyDeviceToDevice, self->stream);
+    if (error == cudaSuccess) error = cudaEventRecord(events[i], self->stream);
+  }
+  ultraepResult_t result =
+      error == cudaSuccess ? nccl_stream_wait(self, "experts") : nccl_cuda_error(error, "the link's rate");
+  for (int i = 0; i < EXPERTS_COPIES && result == ultraepSuccess; i++) {
+    float ms = 0;
+    error = cudaEventElapsedTime(&ms, events[i], events[i + 1]);
+    if (error != cudaSuccess) result = nccl_cuda_error(error, "the link's rate");
+    if (ms > 0 && (best == 0 || ms < best)) best = ms;
+  }
+  for (int i = 0; i <= EXPERTS_COPIES; i++)
+    if (events[i]) (void)cudaEventDestroy(events[i]);
+  *rate = best > 0 ? (double)bytes / best * 1e3 : 0;
+  return result;
+}
+
+/* Where the config asks for a gate by what is registered, and does not say how fast the links are: the
+ * slowest rank's rate, alike on all. */
+static ultraepResult_t experts_measure_link(ultraepGroup_t group) {
+  ncclRank_t *self = nccl_rank(group);
+  size_t bytes =
+      (size_t)group->slotBytes < EXPERTS_MOST_BYTES ? (size_t)group->slotBytes : EXPERTS_MOST_BYTES;
+  double mine = 0;
+  if (group->config.expertBytes != ULTRAEP_EXPERT_BYTES_REGISTERED || group->config.linkBytesPerSecond > 0 ||
+      self->nRanks == 1 || bytes < EXPERTS_LEAST_BYTES)
+    return ultraepSuccess;
+  double *all = calloc((size_t)self->nRanks, sizeof(*all));
+  ultraepResult_t own = experts_time_copies(self, bytes, &mine);
+  if (own != ultraepSuccess || !all) mine = -1;
+  ultraepResult_t result = all ? nccl_agree(self, &mine, all, sizeof(mine), "experts")
+                               : error_set(ultraepSystemError, "no memory");
+  double least = mine;
+  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) least = all[r] < least ? all[r] : least;
+  free(all);
+  /* A rank that could not tell leaves all with the default. */
+  if (result == ultraepSuccess && least > 0) group->measured.linkBytesPerSecond = least;
+  return own != ultraepSuccess ? own : result;
+}
+
 ultraepResult_t nccl_experts_register(ultraepGroup_t group, groupLayer_t *layer) {
   ultraepResult_t result = experts_agree(nccl_rank(group), layer);
   if (result != ultraepSuccess || group->hasSlots) return result;
-  return experts_make_slots(group, layer);
+  result = experts_make_slots(group, layer);
+  return result == ultraepSuccess ? experts_measure_link(group) : result;
 }
 
 /* Updates from now on plan with the gate's new rates, alike on all ranks: registering is collective. */
@@ -125,6 +181,8 @@ static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *
                           .ownSlots = self->slots.base,
                           .flagsOffset = self->slotFlagsOffset,
                           .nFlags = experts_flags(experts),
+                          .isUnordered =
+                              layer->gradsShared && group->config.gradsMode == ULTRAEP_GRADS_UNORDERED,
                           .check = nccl_check_word(words, sizeof(words) / sizeof(words[0]))};
   for (int t = 0; t < experts->nWeights; t++) {
     made.weights[t] = experts_tensor(group, &experts->weights[t], t, &made.nWeightTiles);

@@ -55,9 +55,7 @@ cudaError_t nccl_work_wait(ncclRank_t *self) {
 
 /* ---- agreement ---- */
 
-/* Waits for the group's own stream, but not for ever: a rank that never comes leaves NCCL's kernel waiting.
- */
-static ultraepResult_t group_wait(ncclRank_t *self, const char *phase) {
+ultraepResult_t nccl_stream_wait(ncclRank_t *self, const char *phase) {
   int64_t deadline = nccl_now_ms() + self->timeoutMs;
   for (;;) {
     cudaError_t error = cudaStreamQuery(self->stream);
@@ -88,7 +86,7 @@ ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, s
   cudaError_t error = cudaMemcpyAsync(self->agreeBuffer, mine, bytes, cudaMemcpyHostToDevice, self->stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, phase);
   ultraepResult_t result = nccl_call(self, group_gather, &gather, sizeof(gather), phase);
-  if (result == ultraepSuccess) result = group_wait(self, phase);
+  if (result == ultraepSuccess) result = nccl_stream_wait(self, phase);
   if (result != ultraepSuccess) return result;
   error = cudaMemcpyAsync(messages, gather.recv, bytes * (size_t)self->nRanks, cudaMemcpyDeviceToHost,
                           self->stream);

@@ -107,6 +107,16 @@ typedef enum {
   ULTRAEP_COMBINE_PARTIAL = 1
 } ultraepCombineMode_t;
 
+typedef enum {
+  /* As ultraepGradsReduce says: the same bits every time. */
+  ULTRAEP_GRADS_ORDERED = 0,
+  /* Replicas are added to the master in any order, each sum rounded to the gradient's type: bits may differ
+   * from run to run where an expert has two or more replicas. Less waiting: every rank adds its own slots and
+   * clears them in the same pass. On GPUs of sm_90 and later, for layers whose gradients are all in symmetric
+   * memory; elsewhere ORDERED is done. */
+  ULTRAEP_GRADS_UNORDERED = 1
+} ultraepGradsMode_t;
+
 #define ULTRAEP_MAGIC 0x756c6570u /* "ulep" */
 
 #define ULTRAEP_EXPERT_BYTES_REGISTERED (-1) /* config.expertBytes */
@@ -137,18 +147,23 @@ typedef struct {
    * before. Registered weights alone (inference) count as they are; with gradients a row counts three times
    * (forward, and both gradients), and a copy is weights for forward, again for backward, and gradients. */
   int64_t expertBytes;
-  double linkBytesPerSecond; /* rate at which one rank sends; 0: for the gate 400e9, an H100's NVLink in one
-                                direction, and ULTRAEP_DISPATCH_AUTO is DIRECT */
+  /* Rate at which one rank sends. 0: ULTRAEP_DISPATCH_AUTO is DIRECT, and the gate takes 400e9, an H100's
+   * NVLink in one direction; or, with ULTRAEP_EXPERT_BYTES_REGISTERED on the NCCL backend, the slowest rank's
+   * rate, measured once when the first experts are registered (slots of 1 MiB or more), by copies of slots
+   * between all ranks at a time. A measured gate leaves no more rows on a rank than maxRecvRows has room for.
+   */
+  double linkBytesPerSecond;
   double rowSeconds;    /* time one assignment costs its rank; 0: weights / 600e12 (one flop a byte at bf16
                            rates), and the row over the link there and back */
   double expertSeconds; /* for the gate: time that an expert costs its rank however few its rows, 0..1: its
                            weights read and its gradients written. It comes on top of a copy; 0: none */
   int32_t dispatchMode; /* ultraepDispatchMode_t */
   int32_t combineMode;  /* ultraepCombineMode_t */
+  int32_t gradsMode;    /* ultraepGradsMode_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
   int32_t timeoutMs;    /* how long any wait for another rank may last, 1..3600000 */
-  int32_t reserved[5];  /* 0 */
+  int32_t reserved[4];  /* 0 */
 } ultraepConfig_t;
 
 /* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest
@@ -156,8 +171,9 @@ typedef struct {
 #define ULTRAEP_CONFIG_INITIALIZER                                                                           \
   {                                                                                                          \
     sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0,  \
-        1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, 1, 0, 30000, {            \
-      0, 0, 0, 0, 0                                                                                          \
+        1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, ULTRAEP_GRADS_ORDERED, 1, \
+        0, 30000, {                                                                                          \
+      0, 0, 0, 0                                                                                             \
     }                                                                                                        \
   }
 
@@ -366,7 +382,8 @@ ULTRAEP_API ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int lay
  * call's work is done on a rank, its slots are filled and its masters are no longer read. */
 ULTRAEP_API ultraepResult_t ultraepWeightsSync(ultraepRoute_t route, int layer, cudaStream_t stream);
 /* Collective. For every replica of the route's plan: master gradient += slot gradient, summed in fp32 in the
- * order master, then replicas ascending by rank, rounded once; then the slot's gradient is set to zero. */
+ * order master, then replicas ascending by rank, rounded once (config.gradsMode may say otherwise); then the
+ * slot's gradient is set to zero. */
 ULTRAEP_API ultraepResult_t ultraepGradsReduce(ultraepRoute_t route, int layer, cudaStream_t stream);
 
 /* ---- the traffic record: what NCCL's own send, receive and all-to-all calls moved ---- */

@@ -48,6 +48,22 @@ struct AsFloat32 {
   }
 };
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Adds 16 bytes of numbers to memory of any rank, each sum rounded to its type; nobody waits for it.
+template <typename As> __device__ __forceinline__ void addTo(char *at, const uint4 &v);
+template <> __device__ __forceinline__ void addTo<AsFloat32>(char *at, const uint4 &v) {
+  asm volatile("red.relaxed.sys.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at),
+               "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)),
+               "f"(__uint_as_float(v.w))
+               : "memory");
+}
+template <> __device__ __forceinline__ void addTo<AsBfloat16>(char *at, const uint4 &v) {
+  asm volatile("red.relaxed.sys.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+#endif
+
 // 16 bytes that this SM reads once.
 __device__ __forceinline__ uint4 loadRow(const char *at) {
   uint4 v;

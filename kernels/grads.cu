@@ -6,6 +6,9 @@
 // all. A warp takes a tile of (expert, tensor); it tells the slots' ranks which tiles have been read, and
 // those clear them meanwhile. No order of addition depends on who takes a tile, or when, so the sums are the
 // same bits every time.
+//
+// Where any order will do, every rank adds its slots to the masters by itself, and clears what it has read at
+// once: nobody reads another rank's memory or waits for it.
 #include "elements.cuh"
 #include "experts.cuh"
 #include "load.cuh"
@@ -226,6 +229,47 @@ __device__ void clearSlots(const GradsContext &c, int worker, int nWorkers) {
   }
 }
 
+// ---- in any order ----
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <typename As> __device__ void pushTile(char *master, char *slot, uint32_t bytes) {
+  constexpr int kAtOnce = 8;
+#pragma unroll 1
+  for (uint32_t first = threadIdx.x % kWarp * 16; first < bytes; first += kAtOnce * kColumn) {
+    uint4 value[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++)
+      if (first + i * kColumn < bytes) value[i] = loadRow(slot + first + i * kColumn);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      if (first + i * kColumn >= bytes) continue;
+      addTo<As>(master + first + i * kColumn, value[i]);
+      *reinterpret_cast<uint4 *>(slot + first + i * kColumn) = uint4{};
+    }
+  }
+}
+
+// This rank's slots.
+__device__ void pushSlots(const GradsContext &c, int worker, int nWorkers) {
+  int nSlots = c.nChains - c.nMasters;
+#pragma unroll 1
+  for (int i = worker; i < c.x.nGradTiles * nSlots; i += nWorkers) {
+    int nth = i % nSlots, number = i / nSlots;
+    const Chain &chain = c.chains[nth < c.firstMaster ? nth : nth + c.nMasters];
+    Tile tile = tileOf(c.x.grads, c.x.nGrads, number);
+    GradsTile t = {c, chain, c.x.grads[tile.tensor], tile, number};
+    char *slot = slotAddress(c.x, t.tensor, {int16_t(c.g.rank), chain.slot}) + tile.at;
+    if (t.tensor.dataType == 0) // ULTRAEP_BFLOAT16
+      pushTile<AsBfloat16>(t.master(), slot, tile.bytes);
+    else
+      pushTile<AsFloat32>(t.master(), slot, tile.bytes);
+  }
+}
+#endif
+
+// ---- the kernel ----
+
+template <bool kOrdered>
 __global__ void __launch_bounds__(kGradsThreads, 1)
     gradsKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                 const __grid_constant__ kernelExperts_t x) {
@@ -239,8 +283,14 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
   if (alive) {
     GradsContext c(g, route, x, chains, nChains, call);
     int warps = blockDim.x / kWarp, worker = int(blockIdx.x) + int(threadIdx.x / kWarp) * int(gridDim.x);
-    addTiles(c, worker, int(gridDim.x) * warps);
-    clearSlots(c, worker, int(gridDim.x) * warps);
+    if constexpr (kOrdered) {
+      addTiles(c, worker, int(gridDim.x) * warps);
+      clearSlots(c, worker, int(gridDim.x) * warps);
+    } else {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+      pushSlots(c, worker, int(gridDim.x) * warps);
+#endif
+    }
   }
   if (alive && blockIdx.x == 0 && threadIdx.x == 0) {
     unsigned long long bytes = 0, nRead = 0;
@@ -252,7 +302,7 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
 }
 
 cudaError_t loadGradsKernels() {
-  return loadKernels({kernelAddress(gradsKernel)});
+  return loadKernels({kernelAddress(gradsKernel<true>), kernelAddress(gradsKernel<false>)});
 }
 
 } // namespace ultraep
@@ -267,6 +317,7 @@ int kernelGradsLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
   int nBlocks = int(std::min<int64_t>(group->nBlocks, (tiles + warps - 1) / warps));
   void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
                        const_cast<kernelExperts_t *>(experts)};
-  return cudaLaunchKernel(kernelAddress(gradsKernel), dim3(nBlocks), dim3(kGradsThreads), arguments, bytes,
+  auto kernel = experts->isUnordered && group->hasBulk ? gradsKernel<false> : gradsKernel<true>;
+  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(kGradsThreads), arguments, bytes,
                           stream);
 }

@@ -24,11 +24,14 @@ enum { MOE_TENSORS = 2, MOE_MAX_LAYERS = 64 };
 
 typedef enum { MOE_GEMM_EACH, MOE_GEMM_GROUPED } moeGemmMode_t;
 extern const char *const moeGemmModes[2];
+extern const char *const moeGradsModes[2]; /* by ultraepGradsMode_t */
 
 typedef struct {
   benchOptions_t bench;
   int32_t inter, nLayers;
-  int32_t gemm; /* moeGemmMode_t, CUDA only */
+  int32_t gemm;      /* moeGemmMode_t, CUDA only */
+  int32_t ideal;     /* workloadIdeal_t */
+  int32_t gradsMode; /* ultraepGradsMode_t */
   int32_t gate;
   double linkBytesPerSecond, rowSeconds, expertSeconds; /* for the gate; 0: the library's */
 } moeOptions_t;
@@ -36,7 +39,7 @@ typedef struct {
 typedef enum {
   MOE_UNBALANCED, /* masters only */
   MOE_BALANCED,
-  MOE_IDEAL, /* as many tokens, with experts that all get the same */
+  MOE_IDEAL, /* as many tokens, with experts dealt or drawn so that all get the same */
   MOE_KINDS
 } moeKind_t;
 extern const char *const moeKindNames[MOE_KINDS];

@@ -34,7 +34,8 @@ static int moe_workload_run(void *user, const workload_t *workload, perfError_t 
   moe_t *moe = user;
   moeResult_t results[MOE_KINDS];
   workload_t ideal;
-  bool made = workloadUniform(&ideal, workload, (uint64_t)moe->options.bench.seed, error) == 0;
+  bool made = workloadUniform(&ideal, workload, (workloadIdeal_t)moe->options.ideal,
+                              (uint64_t)moe->options.bench.seed, error) == 0;
   int status = benchJobAny(!made) ? -1 : moe_kinds_run(moe, workload, &ideal, results, error);
   if (made) workloadFree(&ideal);
   if (status != 0) return -1;

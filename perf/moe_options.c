@@ -5,9 +5,20 @@
 #include <argp.h>
 #include <stdlib.h>
 
-enum { KEY_INTER = KEY_OWN, KEY_LAYERS, KEY_GEMM, KEY_GATE, KEY_LINK, KEY_ROW, KEY_EXPERT };
+enum {
+  KEY_INTER = KEY_OWN,
+  KEY_LAYERS,
+  KEY_GEMM,
+  KEY_GRADS,
+  KEY_IDEAL,
+  KEY_GATE,
+  KEY_LINK,
+  KEY_ROW,
+  KEY_EXPERT
+};
 
 const char *const moeGemmModes[2] = {"each", "grouped"};
+const char *const moeGradsModes[2] = {"ordered", "unordered"};
 
 static const char moeDoc[] =
     "Times a whole Mixture-of-Experts layer, forward and backward: unbalanced, balanced, and with traffic "
@@ -21,8 +32,12 @@ static const char moeDoc[] =
     "those of the rank that took least, since the others wait there for the slowest. All are medians of the "
     "iterations. tokens/s: tokens of all ranks over total. ideal: the ideal's total over this one's, in per "
     "cent; speed-up: the unbalanced total over this one's.\n\n"
-    "The ideal run has as many tokens and assignments on every rank, dealt so that all experts get the same; "
-    "like the unbalanced run it has no replicas, and no time for weights and gradients. GB: memory in use by "
+    "The ideal run has as many tokens and assignments on every rank; --ideal even: dealt so that all experts "
+    "get "
+    "the same; --ideal random: every token draws its experts, as frameworks do that force a balance, so that "
+    "loads differ by chance. Like the unbalanced run it has no replicas, and no time for weights and "
+    "gradients. "
+    "GB: memory in use by "
     "all ranks, GPUs: communicators included. J/1000: joules of the GPUs for 1000 tokens, where NVML counts "
     "them.\n\n"
     "-c 1 checks after the last iteration. out, dx, dW: how far the balanced run's outputs, input gradients "
@@ -59,13 +74,16 @@ static const struct argp_option moeOptionTable[] = {
     {"check", 'c', "0|1", 0, "Check the results of the last iteration (1)", 1},
     {"inter", KEY_INTER, "N", 0, "Elements between an expert's two matrices (2048; -B host: 128)", 2},
     {"layers", KEY_LAYERS, "N", 0, "Layers one after another (1)", 2},
+    {"ideal", KEY_IDEAL, "even|random", 0,
+     "Experts of the ideal run: dealt evenly, or drawn by each token (even)", 2},
     {"gate", KEY_GATE, "0|1", 0, "Leave out replicas that cost more than they save (0)", 3},
-    {"link-gbps", KEY_LINK, "GB/S", 0, "Rate of a rank's link, for the cost gate (the library's)", 3},
+    {"link-gbps", KEY_LINK, "GB/S", 0, "Rate of a rank's link, for the cost gate (measured on GPUs)", 3},
     {"expert-us", KEY_EXPERT, "US", 0,
      "Time that one more expert costs its rank however few its rows, forward and backward, for the gate (0)",
      3},
     {"row-us", KEY_ROW, "US", 0,
      "Time that a row costs its rank, forward and backward, for the gate (the library's)", 3},
+    {"grads", KEY_GRADS, "ordered|unordered", 0, "Order in which replicas' gradients are added (ordered)", 2},
     {"gemm", KEY_GEMM, "each|grouped", 0, "How cuBLAS multiplies (each)", 4},
     {0}};
 
@@ -79,6 +97,10 @@ static int moe_option_apply(int key, const char *text, moeOptions_t *options, pe
     return optionInt32("--layers", text, 1, MOE_MAX_LAYERS, &options->nLayers, error);
   case KEY_GEMM:
     return optionName("--gemm", text, moeGemmModes, 2, &options->gemm, error);
+  case KEY_GRADS:
+    return optionName("--grads", text, moeGradsModes, 2, &options->gradsMode, error);
+  case KEY_IDEAL:
+    return optionName("--ideal", text, workloadIdeals, 2, &options->ideal, error);
   case KEY_GATE:
     return optionInt32("--gate", text, 0, 1, &options->gate, error);
   case KEY_LINK:

@@ -37,6 +37,10 @@ static void report_layer_print(const moeOptions_t *options) {
     if (options->expertSeconds > 0) printf(", expert %g us", options->expertSeconds * 1e6);
     printf("\n");
   }
+  if (options->gradsMode != ULTRAEP_GRADS_ORDERED)
+    printf("# gradients of replicas are added %s\n", moeGradsModes[options->gradsMode]);
+  printf("# ideal: experts %s\n", options->ideal == WORKLOAD_IDEAL_RANDOM ? "drawn at random by each token"
+                                                                          : "dealt so that all get the same");
   benchTrafficPrint(bench);
 }
 

@@ -316,20 +316,34 @@ static int32_t workload_deck_deal(workloadDeck_t *deck, const int32_t *held, int
   return deck->cards[deck->next++];
 }
 
+/* Any card of the whole deck that the token does not have yet; where it has all, any. */
+static int32_t workload_deck_draw(workloadDeck_t *deck) {
+  if (deck->next == deck->nExperts) deck->next = 0;
+  int32_t left = deck->nExperts - deck->next;
+  int32_t *drawn = &deck->cards[deck->next + (int32_t)perfRandomBelow(&deck->random, (uint64_t)left)];
+  workload_swap(&deck->cards[deck->next], drawn);
+  return deck->cards[deck->next++];
+}
+
 static void workload_tokens_deal(workload_t *workload, const workload_t *like, int32_t rank,
-                                 workloadDeck_t *deck) {
+                                 workloadIdeal_t ideal, workloadDeck_t *deck) {
   int32_t topK = workload->topK;
   for (int32_t token = 0; token < workload->nTokens[rank]; token++) {
     const int32_t *from = like->topk[rank] + (size_t)token * (size_t)topK;
     int32_t *to = workload->topk[rank] + (size_t)token * (size_t)topK;
+    if (ideal == WORKLOAD_IDEAL_RANDOM) deck->next = 0;
     /* Entries not dealt yet are -1, which is no card. */
     for (int32_t k = 0; k < topK; k++) {
-      if (from[k] >= 0) to[k] = workload_deck_deal(deck, to, topK);
+      if (from[k] < 0) continue;
+      to[k] = ideal == WORKLOAD_IDEAL_RANDOM ? workload_deck_draw(deck) : workload_deck_deal(deck, to, topK);
     }
   }
 }
 
-int workloadUniform(workload_t *workload, const workload_t *like, uint64_t seed, perfError_t *error) {
+const char *const workloadIdeals[2] = {"even", "random"};
+
+int workloadUniform(workload_t *workload, const workload_t *like, workloadIdeal_t ideal, uint64_t seed,
+                    perfError_t *error) {
   workloadDeck_t deck = {.nExperts = like->nExperts, .next = like->nExperts};
   if (workload_init(workload, like->nRanks, like->nExperts, like->topK, error) != 0) return -1;
   snprintf(workload->label, sizeof(workload->label), "%s", like->label);
@@ -342,7 +356,7 @@ int workloadUniform(workload_t *workload, const workload_t *like, uint64_t seed,
   perfRandomSeed(&deck.random, seed, 0, (uint64_t)like->nRanks);
   for (int32_t rank = 0; rank < like->nRanks; rank++) {
     if (workload_rank_allocate(workload, rank, like->nTokens[rank], error) != 0) goto free_deck;
-    workload_tokens_deal(workload, like, rank, &deck);
+    workload_tokens_deal(workload, like, rank, ideal, &deck);
   }
   if (workload_finish(workload, error) != 0) goto free_deck;
   free(deck.cards);

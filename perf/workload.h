@@ -33,10 +33,19 @@ int workloadRecord(workload_t *workload, int32_t nRanks, int32_t nExperts, int32
  * evenly, remainders to the lower ranks. */
 int workloadRouting(workload_t *workload, const routingTrace_t *routing, int32_t nRanks, int32_t nExperts,
                     int32_t tokens, perfError_t *error);
-/* The tokens of `like` with their experts redrawn so that all ranks get the same: all entries in use, over
- * the ranks in order, are dealt from decks of the E experts, each deck shuffled, so no two experts' loads
- * differ by more than one. A token gets different experts wherever there are enough. */
-int workloadUniform(workload_t *workload, const workload_t *like, uint64_t seed, perfError_t *error);
+typedef enum {
+  /* All entries in use, over the ranks in order, are dealt from decks of the E experts, each deck shuffled,
+   * so no two experts' loads differ by more than one. */
+  WORKLOAD_IDEAL_EVEN,
+  /* Every token draws its experts from all, as a router does whose scores are random numbers: how frameworks
+   * force a balance. Experts' loads differ by chance. */
+  WORKLOAD_IDEAL_RANDOM
+} workloadIdeal_t;
+extern const char *const workloadIdeals[2];
+/* The tokens of `like` with their experts redrawn so that all ranks get the same. A token gets different
+ * experts wherever there are enough. */
+int workloadUniform(workload_t *workload, const workload_t *like, workloadIdeal_t ideal, uint64_t seed,
+                    perfError_t *error);
 void workloadFree(workload_t *workload);
 
 #endif

@@ -17,6 +17,7 @@ typedef struct {
   bool isPortable;  /* without bulk copies, as before sm_90 */
   bool usesGraphs;  /* calls are replayed */
   bool repeats;     /* the same inputs in every step */
+  bool isWhole;     /* gradients are small whole numbers, whose sums any order gives alike */
   bool sharesGrads; /* the device's gradients are symmetric memory */
 } gpuExperts_t;
 

@@ -52,6 +52,8 @@ static gpuExperts_t experts_make(planner_random_t *random, int nRanks) {
   x.loads = planner_random_below(random, 2) ? GPU_LOADS_ONE_EXPERT : GPU_LOADS_SKEW;
   x.isPortable = planner_random_below(random, 3) == 0;
   x.sharesGrads = planner_random_below(random, 2);
+  x.isWhole = planner_random_below(random, 2);
+  if (x.isWhole) c->gradsMode = ULTRAEP_GRADS_UNORDERED;
   return x;
 }
 
@@ -94,7 +96,8 @@ static void test_eight(void **state) {
   check_random(8);
 }
 
-static void check_hot(bool usesGraphs, bool repeats, bool isPortable, bool sharesGrads, int nSteps) {
+static void check_hot(bool usesGraphs, bool repeats, bool isPortable, bool sharesGrads, int gradsMode,
+                      int nSteps) {
   gpuWorld_t world;
   gpuExperts_t x = gpu_experts_hot();
   const char *flaw = gpu_world_make(&world, 8);
@@ -103,6 +106,8 @@ static void check_hot(bool usesGraphs, bool repeats, bool isPortable, bool share
   x.repeats = repeats;
   x.isPortable = isPortable;
   x.sharesGrads = sharesGrads;
+  x.shape.config.gradsMode = gradsMode;
+  x.isWhole = gradsMode == ULTRAEP_GRADS_UNORDERED;
   x.nSteps = nSteps;
   run(&world, experts_rank, &x, usesGraphs ? "graphs" : "repeated");
   gpu_world_free(&world);
@@ -110,14 +115,62 @@ static void check_hot(bool usesGraphs, bool repeats, bool isPortable, bool share
 
 static void test_repeated(void **state) {
   (void)state;
-  check_hot(false, true, false, false, 20);
-  check_hot(false, true, false, true, 20);
-  check_hot(false, true, true, true, 5);
+  check_hot(false, true, false, false, ULTRAEP_GRADS_ORDERED, 20);
+  check_hot(false, true, false, true, ULTRAEP_GRADS_ORDERED, 20);
+  check_hot(false, true, true, true, ULTRAEP_GRADS_ORDERED, 5);
+  check_hot(false, true, false, true, ULTRAEP_GRADS_UNORDERED, 5);
 }
 static void test_graphs(void **state) {
   (void)state;
-  check_hot(true, false, false, false, 60);
-  check_hot(true, false, false, true, 60);
+  check_hot(true, false, false, false, ULTRAEP_GRADS_ORDERED, 60);
+  check_hot(true, false, false, true, ULTRAEP_GRADS_ORDERED, 60);
+  check_hot(true, false, false, true, ULTRAEP_GRADS_UNORDERED, 60);
+}
+
+/* ---- the gate by a measured rate ---- */
+
+static ultraepPlannerConfig_t gatePlanners[GPU_WORLD_MAX_RANKS];
+
+static const char *gate_rank(gpuWorld_t *world, int rank, void *argument) {
+  const gpuExperts_t *x = argument;
+  gpuExpertRank_t self;
+  RANK_DO(gpu_experts_make(world, x, rank, &self));
+  RANK_OK(ultraepGroupPlanner(self.device.side.group, &gatePlanners[rank]));
+  for (int i = 0; i < 3; i++) RANK_DO(gpu_experts_forward(x, &self.device, 0, world->streams[rank]));
+  RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
+  RANK_OK(ultraepGroupStatus(self.device.side.group, NULL));
+  RANK_MEET(world);
+  return gpu_experts_free(world, &self);
+}
+
+static uint64_t check_gate(gpuWorld_t *world, gpuExperts_t *x) {
+  run(world, gate_rank, x, "gate");
+  for (int r = 1; r < world->nRanks; r++)
+    if (gatePlanners[r].copyPs != gatePlanners[0].copyPs || gatePlanners[r].rowPs != gatePlanners[0].rowPs)
+      fail_msg("ranks 0 and %d have another gate", r);
+  return gatePlanners[0].copyPs;
+}
+
+/* Slots of one expert: 4 MiB of weights and 8 MiB of gradients. */
+static void test_gate(void **state) {
+  (void)state;
+  gpuWorld_t world;
+  gpuExperts_t x = {.shape = gpu_shape_small(4), .nWeights = 1, .nGrads = 1, .nLayers = 1, .nSteps = 1};
+  const char *flaw = gpu_world_make(&world, 4);
+  if (flaw) fail_msg("%s", flaw);
+  x.shape.config.nSlots = 1;
+  x.shape.config.nExperts = 4;
+  x.shape.config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED;
+  x.shape.config.rowSeconds = 4e-6; /* rows so dear that there is room for any copy */
+  x.shape.config.maxRecvRows = 0;
+  x.bytes[0] = 4 << 20;
+  x.bytes[1] = 8 << 20;
+  uint64_t measured = check_gate(&world, &x);
+  assert_true(measured > 0);
+  assert_true(measured != UINT64_C(16) * (1 << 20) * 5 / 2); /* 16 MiB at the default 400e9 */
+  x.shape.config.linkBytesPerSecond = 200e9;
+  assert_int_equal(check_gate(&world, &x), UINT64_C(16) * (1 << 20) * 5);
+  gpu_world_free(&world);
 }
 
 /* ---- many layers, two routes alive ---- */
@@ -255,15 +308,17 @@ static void test_layers(void **state) {
   check_layers(4, true);
 }
 
-/* Optional argument: random cases for each number of ranks (fewer under a checker). */
+/* Optional arguments: random cases for each number of ranks (fewer under a checker), and which tests. */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_two),    cmocka_unit_test(test_four),     cmocka_unit_test(test_eight),
       cmocka_unit_test(test_graphs), cmocka_unit_test(test_repeated), cmocka_unit_test(test_layers),
+      cmocka_unit_test(test_gate),
 
   };
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
   if (argc > 1) nCases = atoi(argv[1]);
+  if (argc > 2) cmocka_set_test_filter(argv[2]);
   return cmocka_run_group_tests_name("gpu_experts", tests, NULL, NULL);
 }

@@ -83,12 +83,13 @@ static void test_config_ranges(void **state) {
   FINE(maxRecvRows, INT32_MAX);
   TRY(dispatchMode, 3, "dispatchMode");
   TRY(combineMode, 2, "combineMode");
+  TRY(gradsMode, 2, "gradsMode");
   TRY(maxRoutes, 0, "maxRoutes");
   TRY(maxRoutes, 4097, "maxRoutes");
   TRY(maxCtas, -1, "maxCtas");
   TRY(timeoutMs, 0, "timeoutMs");
   TRY(timeoutMs, 3600001, "timeoutMs");
-  TRY(reserved[4], 1, "reserved");
+  TRY(reserved[3], 1, "reserved");
 }
 
 static void test_config_cost(void **state) {
@@ -183,6 +184,26 @@ static void test_config_gate(void **state) {
   measured = (configRates_t){.linkBytesPerSecond = 1e30, .weightBytesPerSecond = 1e30};
   config_gate(&config, &measured, &experts, &planner);
   assert_true(planner.rowPs == 1 && planner.copyPs == 1);
+}
+
+/* What is measured never leaves a rank more rows than there is room for. */
+static void test_gate_limit(void **state) {
+  (void)state;
+  ultraepConfig_t config = host_config(); /* 32 tokens, top-2, 8 experts, 2 slots */
+  ultraepPlannerConfig_t planner = {.rowPs = 1000, .copyPs = 1000000};
+  config_gate_limit(&config, 4, 2 * 64, &planner); /* 64 rows for two copies */
+  assert_int_equal(planner.copyPs, 32000);
+  config_gate_limit(&config, 4, 4 * 64, &planner); /* dear enough */
+  assert_int_equal(planner.copyPs, 32000);
+  config.alignment = 16;
+  planner.copyPs = 1000000;
+  config_gate_limit(&config, 4, 2 * 64 + 4 * 15, &planner);
+  assert_int_equal(planner.copyPs, 32000);
+  config_gate_limit(&config, 4, 60, &planner); /* no room at all: still a gate */
+  assert_int_equal(planner.copyPs, 1);
+  planner.copyPs = 0;
+  config_gate_limit(&config, 4, 2 * 64, &planner);
+  assert_int_equal(planner.copyPs, 0);
 }
 
 /* A group whose gate waits for the experts: all assignments to expert 0, before and after they register. */
@@ -335,6 +356,7 @@ static void test_config_difference(void **state) {
   DIFFERENT(expertSeconds);
   DIFFERENT(dispatchMode);
   DIFFERENT(combineMode);
+  DIFFERENT(gradsMode);
   DIFFERENT(maxRoutes);
   DIFFERENT(maxCtas);
   DIFFERENT(timeoutMs);
@@ -343,10 +365,11 @@ static void test_config_difference(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_config_header),        cmocka_unit_test(test_config_ranges),
-      cmocka_unit_test(test_config_cost),          cmocka_unit_test(test_config_gate),
-      cmocka_unit_test(test_group_gate),           cmocka_unit_test(test_config_rows),
-      cmocka_unit_test(test_config_dispatch_mode), cmocka_unit_test(test_config_difference),
+      cmocka_unit_test(test_config_header),     cmocka_unit_test(test_config_ranges),
+      cmocka_unit_test(test_config_cost),       cmocka_unit_test(test_config_gate),
+      cmocka_unit_test(test_group_gate),        cmocka_unit_test(test_config_rows),
+      cmocka_unit_test(test_gate_limit),        cmocka_unit_test(test_config_dispatch_mode),
+      cmocka_unit_test(test_config_difference),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -47,6 +47,11 @@ runs 1 -t 8 --experts 32 --topk 4 --tokens 100 --skew 3
 awk '$1 == "unbalanced" && ($2 < 2.5 || $3 != $2) { exit 1 } $1 == "balanced" && ($2 < 2.5 || $3 > 1.1 || $4 == 0) { exit 1 }
   $1 == "ideal" && ($2 > 1.01 || $3 != $2 || $4 != 0 || $16 != "100.0") { exit 1 }' out || fail "imbalances: $(grep -v '^#' out)"
 
+# Drawn by chance it is nearly even.
+runs 1 -t 8 --experts 32 --topk 4 --tokens 100 --skew 3 --ideal random
+awk '$1 == "ideal" && ($2 <= 1.01 || $2 > 1.5 || $3 != $2 || $4 != 0) { exit 1 }' out || fail "random: $(grep -v '^#' out)"
+status 2 "$moe" --ideal odd
+
 # A load trace and a routing trace with unused entries.
 awk 'BEGIN {
   printf "step,layer,microbatch,src"; for (e = 0; e < 16; e++) printf ",e%d", e; print "";
