@@ -1,10 +1,10 @@
 /* Sends and receives between the ranks of one domain, scheduled by load: one kernel does all of a rank's
  * group.
  *
- * A *transfer* is a send and the receive that it meets. Those of an ordered pair of ranks are numbered 0, 1, ..
- * on both sides, in the order in which they were issued; the numbers are counted in device memory, so that a
- * replayed graph goes on counting. A *lane* is a rank's sends to one peer, or its receives from one peer, in a
- * group: transfers of a lane begin in order, different lanes are independent.
+ * A *transfer* is a send and the receive that it meets. Those of an ordered pair of ranks are numbered 0, 1,
+ * .. on both sides, in the order in which they were issued; the numbers are counted in device memory, so that
+ * a replayed graph goes on counting. A *lane* is a rank's sends to one peer, or its receives from one peer,
+ * in a group: transfers of a lane begin in order, different lanes are independent.
  *
  * The receiver *posts* each transfer: where its buffer is. The sender copies
  *   directly, into the receiver's buffer, where it maps that allocation (maps below): chunk by chunk, and one
@@ -14,13 +14,12 @@
  *     for the post.
  * The sender alone decides, and its *mark* tells the receiver.
  *
- * Work is chunks. Every block of the kernel, over and over, looks for the chunk to copy next: of all lanes
- * that can go on (posted, mapped or with a free stage; or, to receive, with a stage that has arrived), one of
- * the lane with the most bytes left. So a hot pair gets as many blocks as it can use, and none idles while any
- * lane can go on. A lane is changed under its own lock, which is only tried and is held for a few
- * instructions: never while waiting or copying. No block waits for anything but "some lane can go on", so no
- * number of resident blocks, one included, can lock up: the transfer with the lowest number of some pair whose
- * both sides are there can always go on.
+ * Every lane has a warp of the kernel that looks after it: posts, marks, looks at flags, and moves small
+ * transfers (one stage at most) itself. A larger one it opens as a *job*, which is chunks: each block has
+ * movers, which over and over take the next chunk of the job with the most bytes left of all that can go on.
+ * So a hot pair gets as many blocks as it can use, and no block idles while any job can go on. Nobody waits
+ * holding what another needs; but as with NCCL, all blocks of the ranks' kernels must be able to run at the
+ * same time.
  *
  * Kernels of one rank on one communicator must run one after another (the caller orders streams). A kernel
  * ends when all its transfers have: sends when the data has left the sender's buffer and is in the receiver's
@@ -53,7 +52,7 @@ extern "C" {
 
 typedef struct {
   uint64_t bytes;  /* of the send */
-  uint64_t number; /* transfer number + 1, low bit left of it (<< 1) | 1 when direct; written last */
+  uint64_t number; /* (transfer number + 1) << 1, plus 1 when direct; written last */
 } kernelP2pMark_t;
 
 typedef struct {
@@ -74,10 +73,11 @@ typedef struct {
 
 /* Why p2p stopped, in host memory mapped to the device. */
 typedef struct {
-  int32_t code;  /* ultraepResult_t; written last. Stays: later kernels end at once */
-  int32_t peer;  /* that was waited for, or whose size differs */
-  uint64_t sent, expected; /* bytes, where code is ultraepInvalidUsage: sizes of a pair's transfer differ. Then the
-                            * smaller number of bytes has been copied, and all other transfers went on */
+  int32_t code; /* ultraepResult_t; written last. Stays: later kernels end at once */
+  int32_t peer; /* that was waited for, or whose size differs */
+  uint64_t sent,
+      expected;  /* bytes, where code is ultraepInvalidUsage: sizes of a pair's transfer differ. Then the
+                  * smaller number of bytes has been copied, and all other transfers went on */
   int32_t abort; /* set by the host: every kernel ends */
   int32_t reserved;
 } kernelP2pFailure_t;
@@ -88,7 +88,7 @@ typedef struct kernelP2pState kernelP2pState_t; /* device memory, all zero at fi
 typedef struct {
   int32_t nRanks, nStages; /* stages of an ordered pair */
   uint64_t stageBytes;     /* a multiple of 1024 */
-  uint64_t eagerBytes;     /* at most nStages * stageBytes */
+  uint64_t eagerBytes;     /* at most stageBytes */
 } kernelP2pGeometry_t;
 
 /* A rank's view; given to kernels by value. */
@@ -98,7 +98,7 @@ typedef struct {
   int32_t nBlocks;      /* of a kernel, at most */
   int32_t hasBulk;      /* sm_90 and later */
   int32_t sharedBytes;  /* of a block at most */
-  uint64_t timeoutNs;   /* of a wait without progress anywhere in the kernel; 0: none but abort */
+  uint64_t timeoutNs;   /* that the lanes of a warp may make no progress at all; 0: as long as it takes */
   char *const *windows; /* [R] device array */
   const kernelP2pMap_t *maps;
   kernelP2pState_t *state;

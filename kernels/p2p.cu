@@ -1,0 +1,164 @@
+// Sends and receives: the kernel, and how it is launched. See p2p.h.
+#include "load.cuh"
+#include "p2p_lanes.cuh"
+
+#include <algorithm>
+
+namespace ultraep {
+
+constexpr int kP2pThreads = 512;
+constexpr int kP2pWarps = kP2pThreads / kWarp;
+constexpr int kP2pMovers = 2;       // warps of a block that move by bulk copies: one loads, one stores
+constexpr size_t kP2pStatic = 2048; // shared memory that the kernel declares, at most
+constexpr int kP2pInlineLanes = 48, kP2pInlineOps = 96;
+
+struct P2pInline {
+  kernelP2pLane_t lanes[kP2pInlineLanes];
+  kernelP2pOp_t ops[kP2pInlineOps];
+};
+
+enum P2pForm {
+  kP2pSmall,    // no transfer needs a job
+  kP2pPortable, // jobs are moved by warps
+  kP2pBulk
+};
+
+// The last block leaves everything ready for the next kernel.
+__device__ inline void leaveP2p(const P2pContext &c) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&c.s.left) : "memory");
+  if (before != gridDim.x - 1) return;
+  c.s.left = 0;
+  if (!c.hasFailed()) c.s.lanesOver = 0;
+}
+
+template <P2pForm kForm, bool kInline>
+__global__ void __launch_bounds__(kP2pThreads, 1)
+    p2pKernel(const __grid_constant__ kernelP2p_t p, const __grid_constant__ kernelP2pLayout_t layout,
+              const __grid_constant__ kernelP2pGroup_t group,
+              const __grid_constant__ std::conditional_t<kInline, P2pInline, char> own) {
+  extern __shared__ __align__(128) char p2pMemory[];
+  const kernelP2pLane_t *lanes = group.lanes;
+  const kernelP2pOp_t *ops = group.ops;
+  if constexpr (kInline) {
+    lanes = own.lanes;
+    ops = own.ops;
+  }
+  P2pContext c{p, layout, lanes, ops, group.nLanes, *p.state};
+  int warp = threadIdx.x / kWarp;
+  if (c.hasFailed()) return; // as all blocks, for no block of this kernel has begun without seeing it
+  if constexpr (kForm == kP2pBulk) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    __shared__ P2pPipe pipe;
+    uint32_t nStages = min(uint32_t(kP2pMostStages), uint32_t(p.sharedBytes - int(kP2pStatic)) / kP2pTile);
+    if (threadIdx.x == 0) {
+      for (uint32_t i = 0; i < nStages; i++) barrierInit(&pipe.full[i]);
+      barrierInitFence();
+      pipe.nLoaded = pipe.nFreed = pipe.isOver = 0;
+    }
+    __syncthreads();
+    if (warp == 0) loadChunks(c, pipe, p2pMemory, nStages);
+    if (warp == 1 && threadIdx.x % kWarp == 0) storeTiles(pipe, p2pMemory, nStages);
+    if (warp >= kP2pMovers)
+      mindLanes(c, int(blockIdx.x) + (warp - kP2pMovers) * int(gridDim.x),
+                (kP2pWarps - kP2pMovers) * gridDim.x, true, false);
+#endif
+  } else {
+    mindLanes(c, int(blockIdx.x) + warp * int(gridDim.x), kP2pWarps * gridDim.x, false, kForm == kP2pSmall);
+  }
+  leaveP2p(c);
+}
+
+__global__ void leaveKernel(const __grid_constant__ kernelP2p_t p,
+                            const __grid_constant__ kernelP2pLayout_t layout) {
+  for (int r = threadIdx.x; r < p.geometry.nRanks; r += blockDim.x)
+    if (r != p.rank) storeReleaseSystem(reinterpret_cast<uint64_t *>(p.windows[r] + layout.gone) + p.rank, 1);
+}
+
+template <P2pForm kForm, bool kInline>
+cudaError_t launch(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const kernelP2pGroup_t &group,
+                   int nBlocks, cudaStream_t stream) {
+  std::conditional_t<kInline, P2pInline, char> own = {};
+  if constexpr (kInline) {
+    std::copy(group.lanes, group.lanes + group.nLanes, own.lanes);
+    std::copy(group.ops, group.ops + group.nOps, own.ops);
+  }
+  uint32_t nStages =
+      std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pTile);
+  size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pTile) : 0;
+  p2pKernel<kForm, kInline><<<nBlocks, kP2pThreads, bytes, stream>>>(*p, layout, group, own);
+  return cudaGetLastError();
+}
+
+template <bool kInline>
+cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const kernelP2pGroup_t &group,
+                       cudaStream_t stream) {
+  bool small = true;
+  uint64_t bytes = 0;
+  for (int i = 0; i < group.nOps; i++) {
+    small = small && group.ops[i].bytes <= p->geometry.eagerBytes;
+    bytes += group.ops[i].bytes;
+  }
+  // Sends to this rank itself are direct, whatever their size.
+  for (int i = 0; i < group.nLanes; i++) small = small && group.lanes[i].peer != p->rank;
+  int forLanes = (group.nLanes + kP2pWarps - kP2pMovers - 1) / (kP2pWarps - kP2pMovers);
+  if (small) return launch<kP2pSmall, kInline>(p, layout, group, std::max(1, forLanes), stream);
+  int64_t forBytes = int64_t(bytes / kP2pLeastChunk) + 1;
+  int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max<int64_t>(forBytes, forLanes)));
+  if (p->hasBulk) return launch<kP2pBulk, kInline>(p, layout, group, nBlocks, stream);
+  return launch<kP2pPortable, kInline>(p, layout, group, nBlocks, stream);
+}
+
+} // namespace ultraep
+
+void kernelP2pLayout(const kernelP2pGeometry_t *geometry, kernelP2pLayout_t *layout) {
+  size_t nRanks = size_t(geometry->nRanks), nStages = nRanks * size_t(geometry->nStages), at = 0;
+  auto part = [&](size_t bytes) {
+    size_t here = at;
+    at += (bytes + 1023) / 1024 * 1024;
+    return here;
+  };
+  layout->marks = part(nRanks * KERNEL_P2P_RING * sizeof(kernelP2pMark_t));
+  layout->arrived = part(nStages * sizeof(uint64_t));
+  layout->posts = part(nRanks * KERNEL_P2P_RING * sizeof(kernelP2pPost_t));
+  layout->taken = part(nRanks * sizeof(uint64_t));
+  layout->freed = part(nStages * sizeof(uint64_t));
+  layout->gone = part(nRanks * sizeof(uint64_t));
+  layout->stages = part(nStages * geometry->stageBytes);
+  layout->bytes = at;
+}
+
+size_t kernelP2pStateBytes(const kernelP2pGeometry_t *) {
+  return sizeof(kernelP2pState);
+}
+
+int kernelP2pFits(int32_t nLanes, int32_t nOps) {
+  return nLanes <= ultraep::kP2pInlineLanes && nOps <= ultraep::kP2pInlineOps;
+}
+
+int kernelP2pLoad(void) {
+  using namespace ultraep;
+  return loadKernels({kernelAddress(p2pKernel<kP2pSmall, true>), kernelAddress(p2pKernel<kP2pSmall, false>),
+                      kernelAddress(p2pKernel<kP2pPortable, true>),
+                      kernelAddress(p2pKernel<kP2pPortable, false>), kernelAddress(p2pKernel<kP2pBulk, true>),
+                      kernelAddress(p2pKernel<kP2pBulk, false>), kernelAddress(leaveKernel)});
+}
+
+int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream) {
+  using namespace ultraep;
+  kernelP2pLayout_t layout;
+  kernelP2pLayout(&p2p->geometry, &layout);
+  if (group->nLanes == 0) return cudaSuccess;
+  if (kernelP2pFits(group->nLanes, group->nOps)) return launchForm<true>(p2p, layout, *group, stream);
+  return launchForm<false>(p2p, layout, *group, stream);
+}
+
+int kernelP2pLeave(const kernelP2p_t *p2p, cudaStream_t stream) {
+  using namespace ultraep;
+  kernelP2pLayout_t layout;
+  kernelP2pLayout(&p2p->geometry, &layout);
+  leaveKernel<<<1, 128, 0, stream>>>(*p2p, layout);
+  return cudaGetLastError();
+}

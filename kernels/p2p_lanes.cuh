@@ -1,0 +1,348 @@
+// What the warp that looks after a lane does: one step at a time, without waiting. All its threads see the
+// same.
+#ifndef ULTRAEP_P2P_LANES_CUH_
+#define ULTRAEP_P2P_LANES_CUH_
+
+#include "p2p_copy.cuh"
+
+namespace ultraep {
+
+struct P2pLane {
+  const P2pContext &c;
+  int index;
+  const kernelP2pLane_t lane;
+  P2pLaneState &state;
+  bool hasBulk;
+
+  __device__ P2pLane(const P2pContext &context, int number, bool bulk)
+      : c(context), index(number), lane(context.lanes[number]), state(context.s.lanes[number]),
+        hasBulk(bulk) {}
+
+  __device__ bool isFirst() const { return threadIdx.x % kWarp == 0; }
+  __device__ kernelP2pOp_t op() const { return c.ops[lane.first + state.op]; }
+  __device__ uint64_t number() const {
+    return (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] + uint64_t(state.op);
+  }
+  __device__ uint64_t eager() const { return c.p.geometry.eagerBytes; }
+  __device__ uint64_t stageBytes() const { return c.p.geometry.stageBytes; }
+
+  // ---- jobs ----
+
+  // Opens the lane's job. `other`: the receiver's buffer, where direct. Ends that are no whole sixteens go at
+  // once.
+  __device__ void open(P2pJobKind kind, char *user, char *other, uint64_t bytes, uint64_t firstChunk) const {
+    P2pJob &job = c.s.jobs[index];
+    bool byWarps = !hasBulk;
+    if (kind == kP2pDirect) {
+      bool alike = (reinterpret_cast<uintptr_t>(user) ^ reinterpret_cast<uintptr_t>(other)) % 16 == 0;
+      byWarps = byWarps || !alike;
+      if (!byWarps) {
+        uint64_t head = min(bytes, uint64_t(-reinterpret_cast<uintptr_t>(user) % 16));
+        copyBytes(other, user, head);
+        user += head, other += head, bytes -= head;
+        uint64_t tail = bytes % 16;
+        copyBytes(other + bytes - tail, user + bytes - tail, tail);
+        bytes -= tail;
+      }
+    } else {
+      byWarps = byWarps || reinterpret_cast<uintptr_t>(user) % 16 != 0;
+    }
+    __syncwarp();
+    if (isFirst()) {
+      bool forWarps = byWarps || (kind != kP2pDirect && bytes % 16 != 0);
+      uint64_t generation = (loadAcquireDevice64(&job.next) >> kP2pOffsetBits) + 1;
+      storeReleaseDevice64(&job.limit, 0);
+      job.bytes = bytes;
+      job.done = 0;
+      job.user = user;
+      job.other = other;
+      job.firstChunk = firstChunk;
+      job.kind = kind;
+      job.peer = lane.peer;
+      job.byWarps = byWarps;
+      storeReleaseDevice64(&job.next, generation << kP2pOffsetBits);
+      state.bytes = bytes;
+      state.chunks = 0;
+      state.step = kP2pMoving;
+      if (forWarps) atomicAdd(&c.s.nWarpJobs, 1u);
+      if (kind == kP2pDirect) storeReleaseDevice64(&job.limit, bytes);
+    }
+    __syncwarp();
+  }
+
+  // Lets chunks of a staged job be taken whose stages are free, or have arrived. True if there are more now.
+  __device__ bool extend(uint64_t firstChunk) const {
+    P2pJob &job = c.s.jobs[index];
+    uint64_t all = (state.bytes + stageBytes() - 1) / stageBytes(), mine = state.chunks + threadIdx.x % kWarp;
+    bool may = mine < all && (lane.isRecv ? hasArrived(firstChunk + mine) : isFree(firstChunk + mine));
+    int more = __ffs(~__ballot_sync(kFullWarp, may)) - 1;
+    if (more < 0) more = kWarp;
+    if (more == 0) return false;
+    __syncwarp();
+    if (isFirst()) {
+      state.chunks += uint64_t(more);
+      storeReleaseDevice64(&job.limit, min(state.bytes, state.chunks * stageBytes()));
+    }
+    __syncwarp();
+    return true;
+  }
+  __device__ bool isFree(uint64_t chunk) const {
+    return chunk < c.stages() || loadAcquireSystem(c.freed(c.p.rank, lane.peer, chunk)) > chunk - c.stages();
+  }
+  __device__ bool hasArrived(uint64_t chunk) const {
+    return loadAcquireSystem(c.arrived(c.p.rank, lane.peer, chunk)) == chunk + 1;
+  }
+  __device__ bool isMoved() const { return seeDevice(&c.s.jobs[index].done) == state.bytes; }
+  __device__ void close(bool isStaged) const {
+    const P2pJob &job = c.s.jobs[index];
+    bool forWarps = job.byWarps || (isStaged && job.bytes % 16 != 0);
+    if (isFirst() && forWarps) atomicSub(&c.s.nWarpJobs, 1u);
+  }
+
+  // ---- the end of a transfer ----
+
+  __device__ bool over() const {
+    __syncwarp();
+    if (isFirst()) {
+      state.step = kP2pBegin;
+      state.op++;
+    }
+    __syncwarp();
+    return true;
+  }
+  // All lanes' writes before come first.
+  __device__ void raiseMark(uint64_t bytes, bool isDirect) const {
+    __syncwarp();
+    if (!isFirst()) return;
+    kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
+    *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = bytes;
+    storeReleaseSystem(&mark->number, (number() + 1) << 1 | uint64_t(isDirect));
+  }
+
+  // ---- sending ----
+
+  __device__ bool sendEager(const kernelP2pOp_t &x) const {
+    uint64_t chunk = c.s.sentChunks[lane.peer];
+    if (x.bytes > 0 && chunk >= c.stages() &&
+        seeSystem(c.freed(c.p.rank, lane.peer, chunk)) <= chunk - c.stages())
+      return false;
+    if (x.bytes > 0)
+      copyByWarp(c.stage(lane.peer, c.p.rank, chunk), reinterpret_cast<const char *>(x.address), x.bytes);
+    __syncwarp();
+    if (isFirst()) {
+      kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
+      *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = x.bytes;
+      __threadfence_system();
+      if (x.bytes > 0) storeRelaxedSystem(c.arrived(lane.peer, c.p.rank, chunk), chunk + 1);
+      storeRelaxedSystem(&mark->number, (number() + 1) << 1);
+      if (x.bytes > 0) c.s.sentChunks[lane.peer] = chunk + 1;
+    }
+    return over();
+  }
+  __device__ char *mapped(const kernelP2pPost_t &post) const {
+    if (lane.peer == c.p.rank) return reinterpret_cast<char *>(post.address);
+    if (post.slot >= KERNEL_P2P_SLOTS) return nullptr;
+    const kernelP2pMap_t *map = c.p.maps + size_t(lane.peer) * KERNEL_P2P_SLOTS + post.slot;
+    if (seeSystem(&map->generation) != post.generation) return nullptr;
+    return reinterpret_cast<char *>(post.address +
+                                    seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)));
+  }
+  // The receiver has posted: where it goes.
+  __device__ bool sendPosted(const kernelP2pOp_t &x) const {
+    const kernelP2pPost_t *at = c.post(c.p.rank, lane.peer, number());
+    if (seeSystem(&at->number) != number() + 1) return false;
+    const volatile kernelP2pPost_t *seen = at;
+    kernelP2pPost_t post = {seen->bytes, seen->address, seen->slot, seen->generation, 0};
+    uint64_t bytes = min(x.bytes, post.bytes);
+    char *user = reinterpret_cast<char *>(x.address), *to = mapped(post);
+    if (isFirst()) state.isDirect = to != nullptr;
+    if (to) {
+      open(kP2pDirect, user, to, bytes, 0);
+    } else {
+      raiseMark(x.bytes, false);
+      open(kP2pStagedSend, user, nullptr, bytes, c.s.sentChunks[lane.peer]);
+    }
+    return true;
+  }
+  __device__ bool sendMoving(const kernelP2pOp_t &x) const {
+    bool isDirect = state.isDirect;
+    bool some = !isDirect && extend(c.s.sentChunks[lane.peer]);
+    if (!isMoved()) return some;
+    close(!isDirect);
+    if (isDirect)
+      raiseMark(x.bytes, true);
+    else if (isFirst())
+      c.s.sentChunks[lane.peer] += (state.bytes + stageBytes() - 1) / stageBytes();
+    return over();
+  }
+  __device__ bool stepSend() const {
+    kernelP2pOp_t x = op();
+    switch (state.step) {
+    case kP2pBegin:
+      if (number() >= KERNEL_P2P_RING &&
+          seeSystem(c.taken(c.p.rank, lane.peer)) <= number() - KERNEL_P2P_RING)
+        return false;
+      if (x.bytes <= eager() && lane.peer != c.p.rank) return sendEager(x);
+      __syncwarp();
+      if (isFirst()) state.step = kP2pAwaitPeer;
+      __syncwarp();
+      return sendPosted(x);
+    case kP2pAwaitPeer:
+      return sendPosted(x);
+    default:
+      return sendMoving(x);
+    }
+  }
+
+  // ---- receiving ----
+
+  __device__ bool post(const kernelP2pOp_t &x) const {
+    __syncwarp();
+    if (isFirst()) {
+      kernelP2pPost_t *at = c.post(lane.peer, c.p.rank, number());
+      volatile kernelP2pPost_t *to = at;
+      to->bytes = x.bytes;
+      to->address = x.address;
+      to->slot = x.slot;
+      to->generation = x.generation;
+      storeReleaseSystem(&at->number, number() + 1);
+      state.step = kP2pAwaitPeer;
+    }
+    __syncwarp();
+    return true;
+  }
+  __device__ bool received() const {
+    __syncwarp();
+    if (isFirst()) storeReleaseSystem(c.taken(lane.peer, c.p.rank), number() + 1);
+    return over();
+  }
+  // The sender has begun, or, where it goes directly, ended.
+  __device__ bool recvMarked(const kernelP2pOp_t &x) const {
+    const kernelP2pMark_t *at = c.mark(c.p.rank, lane.peer, number());
+    uint64_t word = seeSystem(&at->number);
+    if (word >> 1 != number() + 1) return false;
+    uint64_t sent = *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
+    if (sent != x.bytes && isFirst()) c.tellSizes(lane.peer, sent, x.bytes);
+    if (word & 1) return received();
+    uint64_t bytes = sent <= eager() ? sent : min(sent, x.bytes); // that come
+    if (bytes == 0) return received();
+    if (bytes > stageBytes()) {
+      open(kP2pStagedRecv, reinterpret_cast<char *>(x.address), nullptr, bytes,
+           c.s.receivedChunks[lane.peer]);
+      return true;
+    }
+    __syncwarp();
+    if (isFirst()) {
+      state.bytes = min(bytes, x.bytes);
+      state.step = kP2pAwaitStage;
+    }
+    __syncwarp();
+    return recvStage(x);
+  }
+  __device__ bool recvStage(const kernelP2pOp_t &x) const {
+    uint64_t chunk = c.s.receivedChunks[lane.peer];
+    if (seeSystem(c.arrived(c.p.rank, lane.peer, chunk)) != chunk + 1) return false;
+    copyByWarp(reinterpret_cast<char *>(x.address), c.stage(c.p.rank, lane.peer, chunk), state.bytes);
+    __syncwarp();
+    if (isFirst()) {
+      __threadfence_system();
+      storeRelaxedSystem(c.freed(lane.peer, c.p.rank, chunk), chunk + 1);
+      storeRelaxedSystem(c.taken(lane.peer, c.p.rank), number() + 1);
+      c.s.receivedChunks[lane.peer] = chunk + 1;
+    }
+    return over();
+  }
+  __device__ bool recvMoving() const {
+    bool some = extend(c.s.receivedChunks[lane.peer]);
+    if (!isMoved()) return some;
+    close(true);
+    __syncwarp();
+    if (isFirst()) c.s.receivedChunks[lane.peer] += (state.bytes + stageBytes() - 1) / stageBytes();
+    return received();
+  }
+  __device__ bool stepRecv() const {
+    kernelP2pOp_t x = op();
+    switch (state.step) {
+    case kP2pBegin:
+      return post(x);
+    case kP2pAwaitPeer:
+      return recvMarked(x);
+    case kP2pMoving:
+      return recvMoving();
+    default:
+      return recvStage(x);
+    }
+  }
+
+  // ---- the lane ----
+
+  __device__ bool isOver() const { return state.op == lane.n; }
+  // One step; true if something has changed.
+  __device__ bool step() const { return lane.isRecv ? stepRecv() : stepSend(); }
+  // After the last transfer: as if it had never been, but for the counts.
+  __device__ void finish() const {
+    __syncwarp();
+    if (!isFirst()) return;
+    (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] += uint64_t(lane.n);
+    state = {};
+    __threadfence();
+    atomicAdd(&c.s.lanesOver, 1u);
+  }
+};
+
+// ---- a warp's lanes ----
+
+// Looks now and then at what ends a wait. By one thread.
+struct P2pClock {
+  uint64_t since = 0;
+
+  __device__ void look(const P2pContext &c, int32_t peer, bool lookAtHost) {
+    uint64_t now = nowNs();
+    if (since == 0) since = now;
+    if (loadAcquireSystem(c.gone(c.p.rank, peer)) != 0) c.fail(kRemoteError, peer);
+    if (lookAtHost && *reinterpret_cast<const volatile int32_t *>(&c.p.failure->abort) != 0)
+      c.fail(kRemoteError, c.p.rank);
+    if (c.p.timeoutNs != 0 && now - since > c.p.timeoutNs) c.fail(kTimeout, peer);
+  }
+};
+
+// Looks after lanes first, first + stride, ..., and moves what bulk copies cannot, until all lanes of the
+// kernel are over; without movers (alone) until its own are.
+__device__ inline void mindLanes(const P2pContext &c, int first, int stride, bool hasBulk, bool alone) {
+  constexpr int kPolls = 256; // between looks
+  P2pClock clock;
+  uint32_t isDone = 0; // of up to 32 lanes
+  int nMine = first < c.nLanes ? (c.nLanes - first + stride - 1) / stride : 0, nOver = 0;
+  for (int polls = 1;; polls++) {
+    bool some = false;
+    int32_t waited = -1;
+    for (int i = 0; i < nMine; i++) {
+      if (isDone >> i & 1) continue;
+      P2pLane lane(c, first + i * stride, hasBulk);
+      waited = lane.lane.peer;
+      some |= lane.step();
+      if (!lane.isOver()) continue;
+      lane.finish();
+      isDone |= 1u << i;
+      nOver++;
+    }
+    if (alone && nOver == nMine) return;
+    bool over = *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes);
+    bool failed = polls % 16 == 0 && c.hasFailed();
+    if (__any_sync(kFullWarp, over || failed)) return;
+    if (!alone) {
+      bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;
+      if (__any_sync(kFullWarp, jobs)) some |= moveByWarp(c, gridDim.x);
+      if (nOver == nMine && !some) __nanosleep(500);
+    }
+    if (some) {
+      clock.since = 0;
+    } else if (polls % kPolls == 0 && nOver < nMine && threadIdx.x % kWarp == 0) {
+      clock.look(c, waited, polls % (16 * kPolls) == 0);
+    }
+  }
+}
+
+} // namespace ultraep
+
+#endif

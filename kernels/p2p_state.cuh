@@ -1,0 +1,236 @@
+// What the parts of the kernel of sends and receives share: lanes, jobs, flags, failures.
+#ifndef ULTRAEP_P2P_STATE_CUH_
+#define ULTRAEP_P2P_STATE_CUH_
+
+#include "p2p.h"
+#include "signal.cuh"
+#include "warp.cuh"
+
+namespace ultraep {
+
+constexpr int kP2pMaxLanes = 2 * KERNEL_P2P_MAX_RANKS;
+constexpr uint32_t kP2pTile = 16384; // bytes of one bulk copy
+constexpr uint64_t kP2pLeastChunk = 4 * kP2pTile, kP2pMostChunk = 64 * kP2pTile;
+constexpr uint64_t kP2pWarpChunk = 32768; // of what a warp copies through registers
+constexpr int kP2pOffsetBits = 44;        // of P2pJob::next; the rest counts jobs
+
+enum P2pJobKind : uint32_t { kP2pDirect, kP2pStagedSend, kP2pStagedRecv };
+
+// A large transfer that is being moved. Fields but limit, next and done change only while nothing of the job
+// can be taken.
+struct __align__(128) P2pJob {
+  unsigned long long next;  // jobs of this lane << kP2pOffsetBits | bytes taken
+  unsigned long long limit; // bytes that may be taken so far; grows
+  unsigned long long bytes;
+  unsigned long long done; // bytes moved, and told to the peer where staged
+  char *user, *other;      // the user's buffer; direct: the receiver's
+  uint64_t firstChunk;     // staged: number of the pair's chunk at byte 0
+  uint32_t kind;           // P2pJobKind
+  int32_t peer;
+  uint32_t byWarps; // addresses that bulk copies cannot take
+};
+
+enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
+
+// Of the warp that looks after the lane. All zero between kernels.
+struct P2pLaneState {
+  int32_t op;      // of the lane, under way
+  int32_t step;    // P2pStep
+  uint64_t bytes;  // of the transfer under way, once known
+  uint64_t chunks; // of the job that may be taken
+  int32_t isDirect;
+};
+
+} // namespace ultraep
+
+struct kernelP2pState {
+  int32_t failed; // ultraepResult_t
+  uint32_t left;  // blocks that have finished
+  uint32_t lanesOver;
+  uint32_t nWarpJobs;                                                  // open jobs that warps may take from
+  uint64_t sent[KERNEL_P2P_MAX_RANKS], received[KERNEL_P2P_MAX_RANKS]; // transfers that are over
+  uint64_t sentChunks[KERNEL_P2P_MAX_RANKS], receivedChunks[KERNEL_P2P_MAX_RANKS];
+  ultraep::P2pLaneState lanes[ultraep::kP2pMaxLanes];
+  ultraep::P2pJob jobs[ultraep::kP2pMaxLanes];
+};
+
+namespace ultraep {
+
+// Everything a part of the kernel needs. Lanes and ops may lie in the kernel's argument.
+struct P2pContext {
+  const kernelP2p_t &p;
+  const kernelP2pLayout_t &layout;
+  const kernelP2pLane_t *lanes;
+  const kernelP2pOp_t *ops;
+  int nLanes;
+  kernelP2pState_t &s;
+
+  __device__ uint64_t stages() const { return uint64_t(p.geometry.nStages); }
+  template <typename T> __device__ T *at(int rank, size_t offset, size_t index) const {
+    return reinterpret_cast<T *>(p.windows[rank] + offset) + index;
+  }
+  // Entries in `rank`'s window that belong to `from`.
+  __device__ kernelP2pMark_t *mark(int rank, int from, uint64_t number) const {
+    return at<kernelP2pMark_t>(rank, layout.marks, size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
+  }
+  __device__ kernelP2pPost_t *post(int rank, int from, uint64_t number) const {
+    return at<kernelP2pPost_t>(rank, layout.posts, size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
+  }
+  __device__ uint64_t *taken(int rank, int from) const { return at<uint64_t>(rank, layout.taken, from); }
+  __device__ uint64_t *gone(int rank, int from) const { return at<uint64_t>(rank, layout.gone, from); }
+  __device__ uint64_t *arrived(int rank, int from, uint64_t chunk) const {
+    return at<uint64_t>(rank, layout.arrived, from * stages() + chunk % stages());
+  }
+  __device__ uint64_t *freed(int rank, int from, uint64_t chunk) const {
+    return at<uint64_t>(rank, layout.freed, from * stages() + chunk % stages());
+  }
+  __device__ char *stage(int rank, int from, uint64_t chunk) const {
+    return p.windows[rank] + layout.stages + (from * stages() + chunk % stages()) * p.geometry.stageBytes;
+  }
+
+  __device__ bool hasFailed() const { return *reinterpret_cast<volatile int32_t *>(&s.failed) != 0; }
+  // The first failure stands. By one thread.
+  __device__ void fail(int32_t code, int32_t peer) const {
+    if (atomicCAS(&s.failed, 0, code) != 0) return;
+    volatile kernelP2pFailure_t *failure = p.failure;
+    failure->peer = peer;
+    __threadfence_system();
+    failure->code = code;
+  }
+  // Sizes of a transfer's two ends differ: told once, and everything goes on.
+  __device__ void tellSizes(int32_t peer, uint64_t sent, uint64_t expected) const {
+    volatile kernelP2pFailure_t *failure = p.failure;
+    if (failure->code != 0) return;
+    failure->peer = peer;
+    failure->sent = sent;
+    failure->expected = expected;
+    __threadfence_system();
+    failure->code = kInvalidUsage;
+  }
+};
+
+__device__ __forceinline__ uint64_t loadAcquireDevice64(const void *at) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void storeReleaseDevice64(void *at, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+__device__ __forceinline__ void addReleaseDevice64(void *at, uint64_t value) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+// After a fence of the storing thread.
+__device__ __forceinline__ void storeRelaxedSystem(uint64_t *at, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+// By a warp: what its first thread sees; what that has acquired, all have.
+__device__ __forceinline__ uint64_t seeSystem(const uint64_t *at) {
+  uint64_t value = 0;
+  if (threadIdx.x % kWarp == 0) value = loadAcquireSystem(at);
+  value = __shfl_sync(kFullWarp, value, 0);
+  __syncwarp();
+  return value;
+}
+__device__ __forceinline__ uint64_t seeDevice(const void *at) {
+  uint64_t value = 0;
+  if (threadIdx.x % kWarp == 0) value = loadAcquireDevice64(at);
+  value = __shfl_sync(kFullWarp, value, 0);
+  __syncwarp();
+  return value;
+}
+
+// ---- chunks of jobs ----
+
+// A chunk of a job, taken.
+struct P2pChunk {
+  const char *from; // null: there was none
+  char *to;
+  uint64_t bytes;
+  uint64_t *flag; // raised at the peer when it has been moved; null: none
+  uint64_t flagValue;
+  P2pJob *job;
+};
+
+__device__ __forceinline__ uint64_t chunkBytes(const P2pContext &c, const P2pJob &job, uint64_t left,
+                                               uint32_t nMovers, bool byWarp) {
+  if (job.kind != kP2pDirect) return min(left, c.p.geometry.stageBytes);
+  if (byWarp) return min(left, kP2pWarpChunk);
+  uint64_t share = (left / (2 * nMovers) + kP2pTile - 1) / kP2pTile * kP2pTile;
+  return min(left, min(max(share, kP2pLeastChunk), kP2pMostChunk));
+}
+
+// Bulk copies move multiples of 16 bytes, so a staged job's odd end is for warps.
+__device__ __forceinline__ bool mayTake(const P2pContext &c, const P2pJob &job, uint64_t at, bool byWarp) {
+  bool isOdd = job.byWarps ||
+               (job.kind != kP2pDirect && job.bytes % 16 != 0 && at + c.p.geometry.stageBytes > job.bytes);
+  return isOdd == byWarp;
+}
+
+// Takes the next chunk of the job that has most left. By a warp; the chunk is the same in every lane.
+__device__ inline P2pChunk takeChunk(const P2pContext &c, uint32_t nMovers, bool byWarp) {
+  constexpr uint64_t kOffsetMask = (uint64_t(1) << kP2pOffsetBits) - 1;
+  int lane = threadIdx.x % kWarp;
+  P2pChunk chunk = {};
+  uint64_t bestLeft = 0, bestNext = 0;
+  int best = -1;
+  for (int j = lane; j < c.nLanes; j += kWarp) {
+    int i = (j + int(blockIdx.x)) % c.nLanes; // blocks that find jobs alike begin with different ones
+    P2pJob &job = c.s.jobs[i];
+    uint64_t next = loadAcquireDevice64(&job.next), at = next & kOffsetMask;
+    uint64_t limit = loadAcquireDevice64(&job.limit);
+    if (at >= limit || !mayTake(c, job, at, byWarp)) continue;
+    uint64_t left = *reinterpret_cast<volatile unsigned long long *>(&job.bytes) - at;
+    if (left > bestLeft) {
+      bestLeft = left;
+      bestNext = next;
+      best = i;
+    }
+  }
+  uint32_t key = best < 0 ? 0 : uint32_t(min(bestLeft >> 10, uint64_t(0x3ffffff))) + 1;
+  uint32_t most = warpMax(key);
+  if (most == 0) return chunk;
+  int winner = warpFirst(key == most);
+  if (lane == winner) {
+    P2pJob &job = c.s.jobs[best];
+    uint64_t at = bestNext & kOffsetMask, bytes = chunkBytes(c, job, job.bytes - at, nMovers, byWarp);
+    P2pJob copy = job;
+    if (copy.kind == kP2pDirect) bytes = min(bytes, uint64_t(copy.limit) - at);
+    if (atomicCAS(&job.next, bestNext, bestNext + bytes) == bestNext) {
+      uint64_t number = copy.firstChunk + at / c.p.geometry.stageBytes;
+      chunk = {copy.user + at, copy.other + at, bytes, nullptr, number + 1, &job};
+      if (copy.kind == kP2pStagedSend) {
+        chunk.to = c.stage(copy.peer, c.p.rank, number);
+        chunk.flag = c.arrived(copy.peer, c.p.rank, number);
+      } else if (copy.kind == kP2pStagedRecv) {
+        chunk.from = c.stage(c.p.rank, copy.peer, number);
+        chunk.to = copy.user + at;
+        chunk.flag = c.freed(copy.peer, c.p.rank, number);
+      }
+    }
+  }
+  auto share = [&](auto *&pointer) {
+    pointer = reinterpret_cast<decltype(pointer + 0)>(
+        __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), winner));
+  };
+  share(chunk.from);
+  share(chunk.to);
+  share(chunk.flag);
+  share(chunk.job);
+  chunk.bytes = __shfl_sync(kFullWarp, chunk.bytes, winner);
+  chunk.flagValue = __shfl_sync(kFullWarp, chunk.flagValue, winner);
+  __syncwarp(); // what the winner has acquired, all have
+  return chunk;
+}
+
+// What was moved is whole, and seen by whoever sees the flag or the count. By one thread, after the others'
+// writes are ordered before.
+__device__ __forceinline__ void finishChunk(P2pJob *job, uint64_t *flag, uint64_t flagValue, uint64_t bytes) {
+  if (flag) storeReleaseSystem(flag, flagValue);
+  addReleaseDevice64(&job->done, bytes);
+}
+
+} // namespace ultraep
+
+#endif
