@@ -8,7 +8,7 @@ namespace ultraep {
 
 constexpr int kP2pThreads = 512;
 constexpr int kP2pWarps = kP2pThreads / kWarp;
-constexpr int kP2pMovers = 2;       // warps of a block that move by bulk copies: one loads, one stores
+constexpr int kP2pMovers = 3;       // warps of a block that move by bulk copies
 constexpr size_t kP2pStatic = 2048; // shared memory that the kernel declares, at most
 constexpr int kP2pInlineLanes = 48, kP2pInlineOps = 96;
 
@@ -52,15 +52,15 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
   if constexpr (kForm == kP2pBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     __shared__ P2pPipe pipe;
-    uint32_t nStages = min(uint32_t(kP2pMostStages), uint32_t(p.sharedBytes - int(kP2pStatic)) / kP2pTile);
+    uint32_t nStages =
+        min(uint32_t(kP2pMostStages), uint32_t(p.sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
     if (threadIdx.x == 0) {
       for (uint32_t i = 0; i < nStages; i++) barrierInit(&pipe.full[i]);
       barrierInitFence();
-      pipe.nLoaded = pipe.nFreed = pipe.isOver = 0;
+      pipe.nTaken = pipe.nBegun = pipe.nLoaded = pipe.nFreed = pipe.isTakenAll = pipe.isLoadedAll = 0;
     }
     __syncthreads();
-    if (warp == 0) loadChunks(c, pipe, p2pMemory, nStages);
-    if (warp == 1 && threadIdx.x % kWarp == 0) storeTiles(pipe, p2pMemory, nStages);
+    if (warp < kP2pMovers) moveByBulk(c, pipe, p2pMemory, nStages);
     if (warp >= kP2pMovers)
       mindLanes(c, int(blockIdx.x) + (warp - kP2pMovers) * int(gridDim.x),
                 (kP2pWarps - kP2pMovers) * gridDim.x, true, false);
@@ -86,8 +86,8 @@ cudaError_t launch(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const 
     std::copy(group.ops, group.ops + group.nOps, own.ops);
   }
   uint32_t nStages =
-      std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pTile);
-  size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pTile) : 0;
+      std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
+  size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pStageRoom) : 0;
   p2pKernel<kForm, kInline><<<nBlocks, kP2pThreads, bytes, stream>>>(*p, layout, group, own);
   return cudaGetLastError();
 }

@@ -29,31 +29,60 @@ __device__ __forceinline__ void copyAligned(char *to, const char *from, uint64_t
   }
 }
 
-// `to` on 16 bytes, `from` not: words of four bytes, shifted together. Reads whole words, so `bytes` must end
-// four bytes before the source does.
-__device__ __forceinline__ void copyShifted(char *to, const char *from, uint64_t bytes) {
+// Sixteen bytes out of the 32 of two words, from byte 4 * kWords + shift / 8 on.
+template <int kWords>
+__device__ __forceinline__ uint4 shifted(const uint4 &a, const uint4 &b, uint32_t shift) {
+  const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  return {__funnelshift_r(w[kWords], w[kWords + 1], shift),
+          __funnelshift_r(w[kWords + 1], w[kWords + 2], shift),
+          __funnelshift_r(w[kWords + 2], w[kWords + 3], shift),
+          __funnelshift_r(w[kWords + 3], w[kWords + 4], shift)};
+}
+
+// `to` on 16 bytes, `from` kWords words and `shift` bits beyond. Reads whole sixteens: of the first that
+// `from` lies in, to the one after the last.
+template <int kWords>
+__device__ __forceinline__ void copyShiftedBy(char *to, const char *from, uint64_t bytes, uint32_t shift) {
   constexpr int kAtOnce = 4;
-  uint32_t shift = uint32_t(reinterpret_cast<uintptr_t>(from) % 4) * 8;
-  auto words = reinterpret_cast<const uint32_t *>(from - shift / 8);
+  uint32_t lane = threadIdx.x % kWarp;
+  const char *words = from - 4 * kWords - shift / 8;
 #pragma unroll 1
-  for (uint64_t first = threadIdx.x % kWarp * 16; first < bytes; first += kAtOnce * kWarp * 16) {
-    uint32_t w[kAtOnce][5];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; i++)
-#pragma unroll
-      for (int j = 0; j < 5; j++)
-        if (first + i * kWarp * 16 < bytes) w[i][j] = __ldcg(words + (first + i * kWarp * 16) / 4 + j);
+  for (uint64_t block = 0; block < bytes; block += kAtOnce * kWarp * 16) {
+    uint4 here[kAtOnce], after[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++) {
-      if (first + i * kWarp * 16 >= bytes) continue;
-      uint4 v = {__funnelshift_r(w[i][0], w[i][1], shift), __funnelshift_r(w[i][1], w[i][2], shift),
-                 __funnelshift_r(w[i][2], w[i][3], shift), __funnelshift_r(w[i][3], w[i][4], shift)};
-      *reinterpret_cast<uint4 *>(to + first + i * kWarp * 16) = v;
+      uint64_t at = block + (i * kWarp + lane) * 16;
+      bool isLast = lane == kWarp - 1 || at + 16 >= bytes;
+      here[i] = at < bytes ? loadRow(words + at) : uint4{};
+      after[i] = at < bytes && isLast ? loadRow(words + at + 16) : uint4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i++) {
+      uint64_t at = block + (i * kWarp + lane) * 16;
+      bool isLast = lane == kWarp - 1 || at + 16 >= bytes;
+      uint4 next = {__shfl_down_sync(kFullWarp, here[i].x, 1), __shfl_down_sync(kFullWarp, here[i].y, 1),
+                    __shfl_down_sync(kFullWarp, here[i].z, 1), __shfl_down_sync(kFullWarp, here[i].w, 1)};
+      if (isLast) next = after[i];
+      if (at < bytes) *reinterpret_cast<uint4 *>(to + at) = shifted<kWords>(here[i], next, shift);
     }
   }
 }
 
-__device__ inline void copyByWarp(char *to, const char *from, uint64_t bytes) {
+__device__ __forceinline__ void copyShifted(char *to, const char *from, uint64_t bytes) {
+  uint32_t phase = uint32_t(reinterpret_cast<uintptr_t>(from) % 16), shift = phase % 4 * 8;
+  switch (phase / 4) {
+  case 0:
+    return copyShiftedBy<0>(to, from, bytes, shift);
+  case 1:
+    return copyShiftedBy<1>(to, from, bytes, shift);
+  case 2:
+    return copyShiftedBy<2>(to, from, bytes, shift);
+  default:
+    return copyShiftedBy<3>(to, from, bytes, shift);
+  }
+}
+
+__device__ __noinline__ void copyByWarp(char *to, const char *from, uint64_t bytes) {
   uint64_t head = min(bytes, uint64_t(-reinterpret_cast<uintptr_t>(to) % 16));
   copyBytes(to, from, head);
   to += head, from += head, bytes -= head;
@@ -80,15 +109,20 @@ __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
   return true;
 }
 
-// ---- by bulk copies: one warp takes chunks and loads their tiles, one thread of another stores them ----
+// ---- by bulk copies: a warp takes chunks, a thread of another loads their tiles, one of a third stores them
+// ----
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr int kP2pMostStages = 13;
+constexpr uint32_t kP2pLine = 128; // bytes that memory moves at once
+constexpr uint32_t kP2pStageRoom = kP2pTile + kP2pLine;
+constexpr uint32_t kP2pAhead = 2; // chunks taken before they are loaded
 
 struct P2pTile {
   char *to;
   uint32_t bytes;
-  P2pJob *job; // of the chunk that ends with this tile; null: it does not
+  uint32_t lead; // bytes in the stage before the tile's
+  P2pJob *job;   // of the chunk that ends with this tile; null: it does not
   uint64_t *flag;
   uint64_t flagValue, chunkBytes;
 };
@@ -96,9 +130,12 @@ struct P2pTile {
 struct P2pPipe {
   uint64_t full[kP2pMostStages]; // barriers: the tile is here
   P2pTile tile[kP2pMostStages];  // tile i of the block is in stage i % nStages
+  P2pChunk chunk[kP2pAhead];     // chunk i of the block is in entry i % kP2pAhead
+  uint32_t nTaken, nBegun;       // chunks taken; whose entries may be used again
   uint32_t nLoaded;              // tiles whose loads have begun
   uint32_t nFreed;               // tiles whose stages may be loaded again
-  uint32_t isOver;               // nLoaded is the last
+  uint32_t isTakenAll;           // nTaken is the last
+  uint32_t isLoadedAll;          // nLoaded is the last
 };
 
 __device__ __forceinline__ uint32_t loadShared(const uint32_t *at) {
@@ -114,30 +151,64 @@ __device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
   return *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes) || c.hasFailed();
 }
 
-__device__ inline void loadChunks(const P2pContext &c, P2pPipe &pipe, char *buffers, uint32_t nStages) {
-  uint32_t loaded = 0;
+// By a warp.
+__device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
+  uint32_t taken = 0;
   while (!__any_sync(kFullWarp, isKernelOver(c))) {
+    if (__any_sync(kFullWarp, taken - loadShared(&pipe.nBegun) >= kP2pAhead)) {
+      __nanosleep(50);
+      continue;
+    }
     P2pChunk chunk = takeChunk(c, gridDim.x, false);
     if (!chunk.from) {
       __nanosleep(32);
       continue;
     }
     if (threadIdx.x % kWarp == 0) {
-      bulkFence(); // what a peer wrote, or may read no more, was acquired by ordinary loads
-      for (uint64_t at = 0; at < chunk.bytes; at += kP2pTile, loaded++) {
-        while (loaded - loadShared(&pipe.nFreed) >= nStages) {
-        }
-        uint32_t stage = loaded % nStages, bytes = uint32_t(min(chunk.bytes - at, uint64_t(kP2pTile)));
-        bool isLast = at + bytes == chunk.bytes;
-        pipe.tile[stage] = {chunk.to + at, bytes,           isLast ? chunk.job : nullptr,
-                            chunk.flag,    chunk.flagValue, chunk.bytes};
-        bulkLoad(buffers + stage * kP2pTile, chunk.from + at, bytes, &pipe.full[stage]);
-        storeShared(&pipe.nLoaded, loaded + 1);
-      }
+      pipe.chunk[taken % kP2pAhead] = chunk;
+      storeShared(&pipe.nTaken, taken + 1);
     }
-    loaded = __shfl_sync(kFullWarp, loaded, 0);
+    taken++;
   }
-  if (threadIdx.x % kWarp == 0) storeShared(&pipe.isOver, 1);
+  if (threadIdx.x % kWarp == 0) storeShared(&pipe.isTakenAll, 1);
+}
+
+// Tiles end where lines of the destination do, and are loaded from where a line of the source begins: what
+// lies before the tile in that line is the job's, too, or is left out.
+__device__ inline void loadChunk(const P2pChunk &chunk, P2pPipe &pipe, char *buffers, uint32_t nStages,
+                                 uint32_t &loaded) {
+  for (uint64_t at = 0; at < chunk.bytes; loaded++) {
+    uint32_t beyond = uint32_t(reinterpret_cast<uintptr_t>(chunk.to + at) % kP2pLine);
+    uint32_t lead = uint32_t(reinterpret_cast<uintptr_t>(chunk.from + at) % kP2pLine);
+    uint32_t bytes = uint32_t(min(chunk.bytes - at, uint64_t(kP2pTile - beyond)));
+    if (lead > chunk.before + at) lead = 0;
+    while (loaded - loadShared(&pipe.nFreed) >= nStages) {
+    }
+    uint32_t stage = loaded % nStages;
+    bool isLast = at + bytes == chunk.bytes;
+    pipe.tile[stage] = {chunk.to + at, bytes,           lead,       isLast ? chunk.job : nullptr,
+                        chunk.flag,    chunk.flagValue, chunk.bytes};
+    bulkLoad(buffers + stage * kP2pStageRoom, chunk.from + at - lead, bytes + lead, &pipe.full[stage]);
+    storeShared(&pipe.nLoaded, loaded + 1);
+    at += bytes;
+  }
+}
+
+// By one thread.
+__device__ inline void loadChunks(P2pPipe &pipe, char *buffers, uint32_t nStages) {
+  uint32_t begun = 0, loaded = 0;
+  for (;;) {
+    bool isAll = loadShared(&pipe.isTakenAll);
+    if (begun == loadShared(&pipe.nTaken)) {
+      if (isAll) break;
+      continue;
+    }
+    P2pChunk chunk = pipe.chunk[begun % kP2pAhead];
+    storeShared(&pipe.nBegun, ++begun);
+    bulkFence(); // what a peer wrote, or may read no more, was acquired by ordinary loads
+    loadChunk(chunk, pipe, buffers, nStages, loaded);
+  }
+  storeShared(&pipe.isLoadedAll, 1);
 }
 
 // By one thread. A chunk is told as done when its last store, and so all, have been written; while the next
@@ -146,12 +217,12 @@ __device__ inline void storeTiles(P2pPipe &pipe, const char *buffers, uint32_t n
   P2pTile ended = {}; // the newest store's, if it ends a chunk
   uint32_t stored = 0;
   for (;;) {
-    bool isOver = loadShared(&pipe.isOver);
+    bool isAll = loadShared(&pipe.isLoadedAll);
     uint32_t stage = stored % nStages;
     bool isHere = stored < loadShared(&pipe.nLoaded) && barrierTest(&pipe.full[stage], stored / nStages & 1);
     if (isHere) {
       P2pTile tile = pipe.tile[stage];
-      bulkStore(tile.to, buffers + stage * kP2pTile, tile.bytes);
+      bulkStore(tile.to, buffers + stage * kP2pStageRoom + tile.lead, tile.bytes);
       bulkCommit();
       bulkWaitRead<1>();
       storeShared(&pipe.nFreed, stored);
@@ -168,11 +239,20 @@ __device__ inline void storeTiles(P2pPipe &pipe, const char *buffers, uint32_t n
       bulkWaitWritten<0>();
       finishChunk(ended.job, ended.flag, ended.flagValue, ended.chunkBytes);
       ended.job = nullptr;
-    } else if (isOver && stored == loadShared(&pipe.nLoaded)) {
+    } else if (isAll && stored == loadShared(&pipe.nLoaded)) {
       break;
     }
   }
   bulkWaitWritten<0>();
+}
+
+// By the first kP2pMovers warps of a block.
+__device__ inline void moveByBulk(const P2pContext &c, P2pPipe &pipe, char *buffers, uint32_t nStages) {
+  int warp = threadIdx.x / kWarp;
+  bool isFirst = threadIdx.x % kWarp == 0;
+  if (warp == 0) takeChunks(c, pipe);
+  if (warp == 1 && isFirst) loadChunks(pipe, buffers, nStages);
+  if (warp == 2 && isFirst) storeTiles(pipe, buffers, nStages);
 }
 #endif
 

@@ -50,8 +50,11 @@ struct P2pLane {
     __syncwarp();
     if (isFirst()) {
       bool forWarps = byWarps || (kind != kP2pDirect && bytes % 16 != 0);
-      uint64_t generation = (loadAcquireDevice64(&job.next) >> kP2pOffsetBits) + 1;
-      storeReleaseDevice64(&job.limit, 0);
+      uint64_t generation = job.generation + 1, word = generation << kP2pOffsetBits;
+      bool isDirect = kind == kP2pDirect;
+      job.generation = generation;
+      job.limit = 0;
+      __threadfence();
       job.bytes = bytes;
       job.done = 0;
       job.user = user;
@@ -60,7 +63,10 @@ struct P2pLane {
       job.kind = kind;
       job.peer = lane.peer;
       job.byWarps = byWarps;
-      storeReleaseDevice64(&job.next, generation << kP2pOffsetBits);
+      __threadfence();
+      storeRelaxedDevice64(&job.bulk, isDirect && !byWarps ? word : word | kP2pBeyond);
+      storeRelaxedDevice64(&job.warps, isDirect && byWarps ? word : word | kP2pBeyond);
+      storeRelaxedDevice64(&job.staged, isDirect ? word | kP2pBeyond : word);
       state.bytes = bytes;
       state.chunks = 0;
       state.step = kP2pMoving;
@@ -143,9 +149,15 @@ struct P2pLane {
     if (lane.peer == c.p.rank) return reinterpret_cast<char *>(post.address);
     if (post.slot >= KERNEL_P2P_SLOTS) return nullptr;
     const kernelP2pMap_t *map = c.p.maps + size_t(lane.peer) * KERNEL_P2P_SLOTS + post.slot;
-    if (seeSystem(&map->generation) != post.generation) return nullptr;
-    return reinterpret_cast<char *>(post.address +
-                                    seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)));
+    kernelP2pMap_t *seen = &c.s.maps[lane.peer][post.slot]; // the host's memory is far
+    __syncwarp();
+    if (seen->generation != post.generation) {
+      if (seeSystem(&map->generation) != post.generation) return nullptr;
+      int64_t delta = int64_t(seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)));
+      if (isFirst()) *seen = {post.generation, delta};
+      __syncwarp();
+    }
+    return reinterpret_cast<char *>(post.address + uint64_t(seen->delta));
   }
   // The receiver has posted: where it goes.
   __device__ bool sendPosted(const kernelP2pOp_t &x) const {

@@ -10,25 +10,33 @@ namespace ultraep {
 
 constexpr int kP2pMaxLanes = 2 * KERNEL_P2P_MAX_RANKS;
 constexpr uint32_t kP2pTile = 16384; // bytes of one bulk copy
-constexpr uint64_t kP2pLeastChunk = 4 * kP2pTile, kP2pMostChunk = 64 * kP2pTile;
+constexpr uint64_t kP2pLeastChunk = 4 * kP2pTile, kP2pMostChunk = 16 * kP2pTile;
 constexpr uint64_t kP2pWarpChunk = 32768; // of what a warp copies through registers
 constexpr int kP2pOffsetBits = 44;        // of P2pJob::next; the rest counts jobs
 
 enum P2pJobKind : uint32_t { kP2pDirect, kP2pStagedSend, kP2pStagedRecv };
 
-// A large transfer that is being moved. Fields but limit, next and done change only while nothing of the job
-// can be taken.
+// A large transfer that is being moved, once a lane has it. What has been taken of it is told by one of three
+// words, by who may take: bulk copies or warps of a direct job, and both of a staged one, whose chunks have
+// numbers. The other two words stand beyond all bytes.
+//
+// Words begin with the job's generation. Whoever adds to a direct job's word has taken what he added, as far
+// as there are bytes and the generation still is the job's; a staged job's word is advanced by comparing,
+// never beyond `limit`. Fields change only while nothing can be taken, after `generation` and before the
+// words.
 struct __align__(128) P2pJob {
-  unsigned long long next;  // jobs of this lane << kP2pOffsetBits | bytes taken
-  unsigned long long limit; // bytes that may be taken so far; grows
-  unsigned long long bytes;
-  unsigned long long done; // bytes moved, and told to the peer where staged
-  char *user, *other;      // the user's buffer; direct: the receiver's
-  uint64_t firstChunk;     // staged: number of the pair's chunk at byte 0
-  uint32_t kind;           // P2pJobKind
+  unsigned long long bulk, limit; // limit: bytes that may be taken so far; grows
+  unsigned long long warps, bytes;
+  unsigned long long staged, done; // done: bytes moved, and told to the peer where staged
+  unsigned long long generation;
+  char *user, *other;  // the user's buffer; direct: the receiver's
+  uint64_t firstChunk; // staged: number of the pair's chunk at byte 0
+  uint32_t kind;       // P2pJobKind
   int32_t peer;
   uint32_t byWarps; // addresses that bulk copies cannot take
 };
+constexpr uint64_t kP2pOffsetMask = (uint64_t(1) << kP2pOffsetBits) - 1;
+constexpr uint64_t kP2pBeyond = uint64_t(1) << (kP2pOffsetBits - 1);
 
 enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
 
@@ -52,6 +60,7 @@ struct kernelP2pState {
   uint64_t sentChunks[KERNEL_P2P_MAX_RANKS], receivedChunks[KERNEL_P2P_MAX_RANKS];
   ultraep::P2pLaneState lanes[ultraep::kP2pMaxLanes];
   ultraep::P2pJob jobs[ultraep::kP2pMaxLanes];
+  kernelP2pMap_t maps[KERNEL_P2P_MAX_RANKS][KERNEL_P2P_SLOTS]; // what was seen of the host's
 };
 
 namespace ultraep {
@@ -117,6 +126,9 @@ __device__ __forceinline__ uint64_t loadAcquireDevice64(const void *at) {
 __device__ __forceinline__ void storeReleaseDevice64(void *at, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
+__device__ __forceinline__ void storeRelaxedDevice64(void *at, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
 __device__ __forceinline__ void addReleaseDevice64(void *at, uint64_t value) {
   asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
@@ -148,67 +160,97 @@ struct P2pChunk {
   const char *from; // null: there was none
   char *to;
   uint64_t bytes;
-  uint64_t *flag; // raised at the peer when it has been moved; null: none
+  uint64_t before; // bytes of the job before it that may be read, too
+  uint64_t *flag;  // raised at the peer when it has been moved; null: none
   uint64_t flagValue;
   P2pJob *job;
 };
 
-__device__ __forceinline__ uint64_t chunkBytes(const P2pContext &c, const P2pJob &job, uint64_t left,
-                                               uint32_t nMovers, bool byWarp) {
-  if (job.kind != kP2pDirect) return min(left, c.p.geometry.stageBytes);
-  if (byWarp) return min(left, kP2pWarpChunk);
-  uint64_t share = (left / (2 * nMovers) + kP2pTile - 1) / kP2pTile * kP2pTile;
-  return min(left, min(max(share, kP2pLeastChunk), kP2pMostChunk));
+// Bulk copies move multiples of 16 bytes, so a staged job's odd end is for warps.
+__device__ __forceinline__ bool isForWarps(bool byWarps, uint64_t at, uint64_t bytes, uint64_t all) {
+  return byWarps || (all % 16 != 0 && at + bytes == all);
 }
 
-// Bulk copies move multiples of 16 bytes, so a staged job's odd end is for warps.
-__device__ __forceinline__ bool mayTake(const P2pContext &c, const P2pJob &job, uint64_t at, bool byWarp) {
-  bool isOdd = job.byWarps ||
-               (job.kind != kP2pDirect && job.bytes % 16 != 0 && at + c.p.geometry.stageBytes > job.bytes);
-  return isOdd == byWarp;
+// Bytes left of a job of which something can be taken, as it seems at a look without order; else 0.
+__device__ __forceinline__ uint64_t lookAtJob(const P2pContext &c, const P2pJob &job, bool byWarp) {
+  uint64_t bulk, limit, warps, bytes, staged;
+  uint32_t byWarps;
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(bulk), "=l"(limit) : "l"(&job.bulk));
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(warps), "=l"(bytes) : "l"(&job.warps));
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(staged) : "l"(&job.staged));
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(byWarps) : "l"(&job.byWarps));
+  uint64_t most = min(limit, bytes), at = (byWarp ? warps : bulk) & kP2pOffsetMask;
+  if (at < most) return bytes - at;
+  at = staged & kP2pOffsetMask;
+  if (at >= most) return 0;
+  uint64_t chunk = min(bytes - at, c.p.geometry.stageBytes);
+  return isForWarps(byWarps, at, chunk, bytes) == byWarp ? bytes - at : 0;
+}
+
+__device__ __forceinline__ uint64_t chunkBytes(uint64_t left, uint32_t nMovers, bool byWarp) {
+  if (byWarp) return kP2pWarpChunk;
+  uint64_t share = (left / (4 * nMovers) + kP2pTile - 1) / kP2pTile * kP2pTile;
+  return min(max(share, kP2pLeastChunk), kP2pMostChunk);
+}
+
+// The chunk at `at` of a job of which that much has been taken.
+__device__ inline P2pChunk makeChunk(const P2pContext &c, P2pJob &job, uint64_t at, uint64_t bytes) {
+  uint64_t number = job.firstChunk + at / c.p.geometry.stageBytes;
+  P2pChunk chunk = {job.user + at, job.other + at, bytes, at, nullptr, number + 1, &job};
+  if (job.kind == kP2pStagedSend) {
+    chunk.to = c.stage(job.peer, c.p.rank, number);
+    chunk.flag = c.arrived(job.peer, c.p.rank, number);
+  } else if (job.kind == kP2pStagedRecv) {
+    chunk.from = c.stage(c.p.rank, job.peer, number);
+    chunk.to = job.user + at;
+    chunk.before = 0;
+    chunk.flag = c.freed(job.peer, c.p.rank, number);
+  }
+  return chunk;
+}
+
+// By one thread: takes the next chunk of a job, if it still can.
+__device__ inline P2pChunk takeDirect(const P2pContext &c, P2pJob &job, uint64_t left, uint32_t nMovers,
+                                      bool byWarp) {
+  uint64_t bytes = chunkBytes(left, nMovers, byWarp);
+  uint64_t word = atomicAdd(byWarp ? &job.warps : &job.bulk, bytes), at = word & kP2pOffsetMask;
+  __threadfence();
+  uint64_t all = loadAcquireDevice64(&job.bytes); // before the generation, which changes first
+  if (loadAcquireDevice64(&job.generation) != word >> kP2pOffsetBits || at >= all) return {};
+  return makeChunk(c, job, at, min(bytes, all - at));
+}
+__device__ inline P2pChunk takeStaged(const P2pContext &c, P2pJob &job, bool byWarp) {
+  uint64_t word = loadAcquireDevice64(&job.staged), at = word & kP2pOffsetMask;
+  uint64_t limit = loadAcquireDevice64(&job.limit), all = loadAcquireDevice64(&job.bytes);
+  if (at >= min(limit, all)) return {};
+  uint64_t bytes = min(all - at, c.p.geometry.stageBytes);
+  if (isForWarps(job.byWarps, at, bytes, all) != byWarp) return {};
+  if (atomicCAS(&job.staged, word, word + bytes) != word) return {};
+  return makeChunk(c, job, at, bytes);
 }
 
 // Takes the next chunk of the job that has most left. By a warp; the chunk is the same in every lane.
 __device__ inline P2pChunk takeChunk(const P2pContext &c, uint32_t nMovers, bool byWarp) {
-  constexpr uint64_t kOffsetMask = (uint64_t(1) << kP2pOffsetBits) - 1;
-  int lane = threadIdx.x % kWarp;
-  P2pChunk chunk = {};
-  uint64_t bestLeft = 0, bestNext = 0;
-  int best = -1;
+  int lane = threadIdx.x % kWarp, best = -1;
+  uint64_t bestLeft = 0;
   for (int j = lane; j < c.nLanes; j += kWarp) {
     int i = (j + int(blockIdx.x)) % c.nLanes; // blocks that find jobs alike begin with different ones
-    P2pJob &job = c.s.jobs[i];
-    uint64_t next = loadAcquireDevice64(&job.next), at = next & kOffsetMask;
-    uint64_t limit = loadAcquireDevice64(&job.limit);
-    if (at >= limit || !mayTake(c, job, at, byWarp)) continue;
-    uint64_t left = *reinterpret_cast<volatile unsigned long long *>(&job.bytes) - at;
+    uint64_t left = lookAtJob(c, c.s.jobs[i], byWarp);
     if (left > bestLeft) {
       bestLeft = left;
-      bestNext = next;
       best = i;
     }
   }
   uint32_t key = best < 0 ? 0 : uint32_t(min(bestLeft >> 10, uint64_t(0x3ffffff))) + 1;
   uint32_t most = warpMax(key);
+  P2pChunk chunk = {};
   if (most == 0) return chunk;
   int winner = warpFirst(key == most);
   if (lane == winner) {
     P2pJob &job = c.s.jobs[best];
-    uint64_t at = bestNext & kOffsetMask, bytes = chunkBytes(c, job, job.bytes - at, nMovers, byWarp);
-    P2pJob copy = job;
-    if (copy.kind == kP2pDirect) bytes = min(bytes, uint64_t(copy.limit) - at);
-    if (atomicCAS(&job.next, bestNext, bestNext + bytes) == bestNext) {
-      uint64_t number = copy.firstChunk + at / c.p.geometry.stageBytes;
-      chunk = {copy.user + at, copy.other + at, bytes, nullptr, number + 1, &job};
-      if (copy.kind == kP2pStagedSend) {
-        chunk.to = c.stage(copy.peer, c.p.rank, number);
-        chunk.flag = c.arrived(copy.peer, c.p.rank, number);
-      } else if (copy.kind == kP2pStagedRecv) {
-        chunk.from = c.stage(c.p.rank, copy.peer, number);
-        chunk.to = copy.user + at;
-        chunk.flag = c.freed(copy.peer, c.p.rank, number);
-      }
-    }
+    chunk = *reinterpret_cast<volatile uint32_t *>(&job.kind) == kP2pDirect
+                ? takeDirect(c, job, bestLeft, nMovers, byWarp)
+                : takeStaged(c, job, byWarp);
   }
   auto share = [&](auto *&pointer) {
     pointer = reinterpret_cast<decltype(pointer + 0)>(
@@ -219,6 +261,7 @@ __device__ inline P2pChunk takeChunk(const P2pContext &c, uint32_t nMovers, bool
   share(chunk.flag);
   share(chunk.job);
   chunk.bytes = __shfl_sync(kFullWarp, chunk.bytes, winner);
+  chunk.before = __shfl_sync(kFullWarp, chunk.before, winner);
   chunk.flagValue = __shfl_sync(kFullWarp, chunk.flagValue, winner);
   __syncwarp(); // what the winner has acquired, all have
   return chunk;
