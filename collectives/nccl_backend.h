@@ -96,6 +96,10 @@ ultraepResult_t nccl_call(ncclRank_t *self, ncclCall_t run, void *argument, size
 /* Waits for the group's own stream, but not for ever: a rank that never comes leaves NCCL's kernel waiting.
  */
 ultraepResult_t nccl_stream_wait(ncclRank_t *self, const char *phase);
+/* A rank without a group: what it needs to meet the communicator's other ranks, and for regions. The current
+ * device is the communicator's. */
+ultraepResult_t nccl_rank_open(ncclComm_t comm, int timeoutMs, ncclRank_t **rank);
+void nccl_rank_close(ncclRank_t *rank);
 /* Collective: gives every rank's message (bytes <= NCCL_AGREE_BYTES) to all, in order of rank; messages holds
  * R * bytes. Waits at most the group's timeout for each of its two steps. */
 #define NCCL_AGREE_BYTES 512
@@ -104,8 +108,7 @@ ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, s
 
 /* Collective: allocates (ptr null) or takes memory, registers it and finds the peers' pointers. `zero` clears
  * it before any peer can reach it. */
-ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, bool zero,
-                                 ncclRegion_t *region);
+ultraepResult_t nccl_region_open(ncclRank_t *self, void *ptr, size_t bytes, bool zero, ncclRegion_t *region);
 void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned);
 
 ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, size_t bytes);

@@ -75,7 +75,7 @@ static ultraepResult_t experts_make_slots(ultraepGroup_t group, const groupLayer
   size_t slotBytes = group_slot_offset(group, layer->experts.nWeights + layer->experts.nGrads, 0);
   size_t flagBytes = (size_t)group->config.nSlots * (size_t)experts_flags(&layer->experts) * sizeof(uint32_t);
   if (slotBytes > 0) {
-    ultraepResult_t result = nccl_region_open(group, NULL, slotBytes + flagBytes, true, &self->slots);
+    ultraepResult_t result = nccl_region_open(self, NULL, slotBytes + flagBytes, true, &self->slots);
     if (result != ultraepSuccess) return result;
   }
   self->slotFlagsOffset = slotBytes;

@@ -283,6 +283,23 @@ static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, co
   return result;
 }
 
+ultraepResult_t nccl_rank_open(ncclComm_t comm, int timeoutMs, ncclRank_t **rank) {
+  ncclRank_t *self = calloc(1, sizeof(*self));
+  if (!self) return error_set(ultraepSystemError, "no memory for a rank");
+  ultraepResult_t result = group_look_at_comm(comm, self);
+  self->timeoutMs = timeoutMs;
+  if (result == ultraepSuccess) result = group_make_meeting(self, 1);
+  if (result == ultraepSuccess)
+    *rank = self;
+  else
+    group_release(self);
+  return result;
+}
+
+void nccl_rank_close(ncclRank_t *rank) {
+  group_release(rank);
+}
+
 ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config) {
   ncclRank_t *self = calloc(1, sizeof(*self));
   if (!self) return error_set(ultraepSystemError, "no memory for a group");
@@ -296,7 +313,7 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   if (own == ultraepSuccess) own = group_prepare(&made, self, config);
   result = group_agree_config(self, config, own);
   if (result != ultraepSuccess || !made) goto free_group;
-  result = nccl_region_open(made, NULL, self->windowBytes, true, &self->window);
+  result = nccl_region_open(self, NULL, self->windowBytes, true, &self->window);
   if (result != ultraepSuccess) goto free_group;
   self->kernel.windows = self->window.devicePeers;
   made->windowBytes = (int64_t)self->windowBytes;

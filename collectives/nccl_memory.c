@@ -55,9 +55,7 @@ static uint64_t region_offset(void *ptr) {
 #endif
 }
 
-ultraepResult_t nccl_region_open(ultraepGroup_t group, void *ptr, size_t bytes, bool zero,
-                                 ncclRegion_t *region) {
-  ncclRank_t *self = nccl_rank(group);
+ultraepResult_t nccl_region_open(ncclRank_t *self, void *ptr, size_t bytes, bool zero, ncclRegion_t *region) {
   ncclRegion_t made = {.base = ptr};
   ultraepResult_t result = ultraepSuccess;
   int status = ptr ? 0 : self->nccl->MemAlloc(&made.base, bytes);
@@ -138,7 +136,7 @@ ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, siz
     self->nRegions = number + 1;
   }
   ncclRegion_t made;
-  ultraepResult_t result = nccl_region_open(group, ptr, bytes, false, &made);
+  ultraepResult_t result = nccl_region_open(self, ptr, bytes, false, &made);
   if (result != ultraepSuccess) return result;
   self->regions[number] = made;
   groupRegion_t *region = &group->regions[number];

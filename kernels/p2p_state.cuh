@@ -2,7 +2,7 @@
 #ifndef ULTRAEP_P2P_STATE_CUH_
 #define ULTRAEP_P2P_STATE_CUH_
 
-#include "p2p.h"
+#include "kernel_p2p.h"
 #include "signal.cuh"
 #include "warp.cuh"
 

@@ -1,6 +1,7 @@
 #include "p2p.h"
 
 #include "comm_id.h"
+#include "schedule.h"
 #include "settings.h"
 #include "traffic.h"
 
@@ -148,14 +149,67 @@ void p2p_comm_gone(const void *comm) {
   traffic_comm_close(traffic_comm_find(comm));
 }
 
+/* ---- by our own kernel ---- */
+static int p2p_schedule(scheduleComm_t *scheduled, const void *buffer, size_t count, int type, int peer,
+                        void *stream, bool isRecv) {
+  const scheduleOp_t op = {.buffer = (void *)(uintptr_t)buffer,
+                           .bytes = p2p_bytes(count, type),
+                           .stream = stream,
+                           .peer = peer,
+                           .isRecv = isRecv};
+
+  if (p2p_type_bytes(type) == 0 || count > SIZE_MAX / 16) return P2P_NCCL_INVALID_ARGUMENT;
+  return schedule_add(scheduled, &op, p2pDepth);
+}
+
+static const char *p2p_part(const void *buffer, int rank, size_t count, int type) {
+  return (const char *)buffer + (size_t)rank * p2p_bytes(count, type);
+}
+
+/* A group of its own, unless the thread is in one. */
+static int p2p_schedule_end(int result) {
+  int ended = p2pDepth == 1 ? schedule_group_ended(result == P2P_NCCL_SUCCESS) : P2P_NCCL_SUCCESS;
+
+  p2pDepth--;
+  return result == P2P_NCCL_SUCCESS ? ended : result;
+}
+
+static int p2p_schedule_all(scheduleComm_t *scheduled, const void *send, const void *recv, size_t count,
+                            int type, void *stream) {
+  int result = P2P_NCCL_SUCCESS;
+
+  p2pDepth++;
+  for (int r = 0; r < schedule_comm_ranks(scheduled) && result == P2P_NCCL_SUCCESS; r++) {
+    result = p2p_schedule(scheduled, p2p_part(send, r, count, type), count, type, r, stream, false);
+    if (result == P2P_NCCL_SUCCESS)
+      result = p2p_schedule(scheduled, p2p_part(recv, r, count, type), count, type, r, stream, true);
+  }
+  return p2p_schedule_end(result);
+}
+
+/* many: the root's buffer, a part for each rank; one: every rank's own. */
+static int p2p_schedule_rooted(scheduleComm_t *scheduled, const void *one, const void *many, size_t count,
+                               int type, int root, int rank, void *stream, bool toRoot) {
+  int result;
+
+  p2pDepth++;
+  result = p2p_schedule(scheduled, one, count, type, root, stream, !toRoot);
+  for (int r = 0; rank == root && r < schedule_comm_ranks(scheduled) && result == P2P_NCCL_SUCCESS; r++)
+    result = p2p_schedule(scheduled, p2p_part(many, r, count, type), count, type, r, stream, toRoot);
+  return p2p_schedule_end(result);
+}
+
 /* ---- the calls ---- */
 int p2p_send(const void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
   p2p_send_fn original = (p2p_send_fn)p2p_original(P2P_SEND);
   trafficComm_t *record = p2p_record(comm);
+  scheduleComm_t *scheduled;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  result = original(buffer, count, type, peer, comm, stream);
+  scheduled = schedule_find(comm);
+  result = scheduled ? p2p_schedule(scheduled, buffer, count, type, peer, stream, false)
+                     : original(buffer, count, type, peer, comm, stream);
   if (p2p_issued(result)) traffic_count(record, TRAFFIC_SEND, peer, p2p_bytes(count, type));
   return result;
 }
@@ -163,10 +217,13 @@ int p2p_send(const void *buffer, size_t count, int type, int peer, void *comm, v
 int p2p_recv(void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
   p2p_recv_fn original = (p2p_recv_fn)p2p_original(P2P_RECV);
   trafficComm_t *record = p2p_record(comm);
+  scheduleComm_t *scheduled;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  result = original(buffer, count, type, peer, comm, stream);
+  scheduled = schedule_find(comm);
+  result = scheduled ? p2p_schedule(scheduled, buffer, count, type, peer, stream, true)
+                     : original(buffer, count, type, peer, comm, stream);
   if (p2p_issued(result)) traffic_count(record, TRAFFIC_RECV, peer, p2p_bytes(count, type));
   return result;
 }
@@ -196,13 +253,15 @@ int p2p_group_start(void) {
 /* A thread may leave a group that it entered before we were there. */
 int p2p_group_end(void) {
   p2p_group_fn original = (p2p_group_fn)p2p_original(P2P_GROUP_END);
-  int result;
+  int result, scheduled;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
   result = original();
   if (p2pDepth > 0) p2pDepth--;
-  if (p2pDepth == 0) p2p_comm_group_ended(result);
-  return result;
+  if (p2pDepth > 0) return result;
+  p2p_comm_group_ended(result);
+  scheduled = schedule_group_ended(p2p_issued(result));
+  return result == P2P_NCCL_SUCCESS ? scheduled : result;
 }
 
 /* Every rank sends count elements to every other and itself, and receives as much. */
@@ -210,12 +269,15 @@ static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t coun
                    void *stream) {
   p2p_all_fn original = (p2p_all_fn)p2p_original(call);
   trafficComm_t *record = p2p_record(comm);
+  scheduleComm_t *scheduled;
   const bool inside = p2pInside;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
   p2pInside = true;
-  result = original(send, recv, count, type, comm, stream);
+  scheduled = schedule_find(comm);
+  result = scheduled ? p2p_schedule_all(scheduled, send, recv, count, type, stream)
+                     : original(send, recv, count, type, comm, stream);
   p2pInside = inside;
   if (!p2p_issued(result)) return result;
   traffic_count_all(record, TRAFFIC_SEND, p2p_bytes(count, type));
@@ -230,12 +292,21 @@ static int p2p_rooted(enum p2p_call call, const void *send, void *recv, size_t c
   const trafficDirection_t atRoot = call == P2P_GATHER ? TRAFFIC_RECV : TRAFFIC_SEND;
   p2p_rooted_fn original = (p2p_rooted_fn)p2p_original(call);
   trafficComm_t *record = p2p_record(comm);
+  scheduleComm_t *scheduled;
   const bool inside = p2pInside;
-  int result;
+  int result, rank;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
   p2pInside = true;
-  result = original(send, recv, count, type, root, comm, stream);
+  scheduled = schedule_find(comm);
+  if (!scheduled)
+    result = original(send, recv, count, type, root, comm, stream);
+  else if (P2P_LOAD(p2pCommUserRank)(comm, &rank) != P2P_NCCL_SUCCESS)
+    result = P2P_NCCL_INVALID_ARGUMENT;
+  else
+    result =
+        p2p_schedule_rooted(scheduled, call == P2P_GATHER ? send : recv, call == P2P_GATHER ? recv : send,
+                            count, type, root, rank, stream, call == P2P_GATHER);
   p2pInside = inside;
   if (!p2p_issued(result)) return result;
   traffic_count(record, toRoot, root, p2p_bytes(count, type));
@@ -264,6 +335,7 @@ static int p2p_comm_end(enum p2p_call call, void *comm, void (*note)(const void 
   p2p_comm_fn original = (p2p_comm_fn)p2p_original(call);
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  schedule_comm_ends(comm, call == P2P_COMM_ABORT);
   note(comm);
   p2p_comm_gone(comm);
   return original(comm);

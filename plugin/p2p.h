@@ -1,7 +1,7 @@
 /* NCCL's calls that move data between two ranks, and those that make and end communicators, in our version:
- * each calls the original unchanged and counts what was issued in the traffic record, or notes which
- * communicator it is (comm_id.h). Both ways to take the calls share it: slots pointed here (takeover.h) and
- * the preload library (preload.c).
+ * each calls the original unchanged, or leaves a send or receive to schedule.h, and counts what was issued in
+ * the traffic record, or notes which communicator it is (comm_id.h). Both ways to take the calls share it:
+ * slots pointed here (takeover.h) and the preload library (preload.c).
  *
  * NCCL's handles and enums are void * and int here: the same size. */
 #ifndef ULTRAEP_P2P_H_
@@ -36,7 +36,11 @@ enum p2p_call {
 
 enum {
   P2P_NCCL_SUCCESS = 0,
+  P2P_NCCL_CUDA_ERROR = 1,
+  P2P_NCCL_SYSTEM_ERROR = 2,
+  P2P_NCCL_INVALID_ARGUMENT = 4,
   P2P_NCCL_INVALID_USAGE = 5, /* an original that this NCCL does not have was called */
+  P2P_NCCL_REMOTE_ERROR = 6,
   P2P_NCCL_IN_PROGRESS = 7
 };
 

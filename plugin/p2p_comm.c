@@ -1,6 +1,7 @@
 /* The calls that make communicators: the originals, and each new communicator's id (comm_id.h). */
 #include "comm_id.h"
 #include "p2p.h"
+#include "schedule.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -40,8 +41,26 @@ static void comm_awaited_add(void **place, uint64_t id, const void *parent, cons
   pthread_mutex_unlock(&commAwaitedLock);
 }
 
+/* ---- for schedule.h: ready communicators that this thread's group has made ---- */
+enum { COMM_READY = 64 }; /* further ones are left to NCCL, on all ranks alike */
+static _Thread_local struct {
+  void *comms[COMM_READY];
+  int n;
+} commReady;
+
+static void comm_ready_add(void *comm) {
+  if (comm && commReady.n < COMM_READY) commReady.comms[commReady.n++] = comm;
+}
+static void comm_ready_end(bool isReady) {
+  int n = commReady.n;
+
+  commReady.n = 0;
+  if (isReady && n > 0) schedule_comms_made(commReady.comms, n);
+}
+
 static void comm_awaited_done(comm_awaited_t *awaited, int result) {
-  if (result == P2P_NCCL_SUCCESS) comm_id_set(*awaited->place, awaited->id);
+  if (result == P2P_NCCL_SUCCESS && awaited->id != 0) comm_id_set(*awaited->place, awaited->id);
+  if (result == P2P_NCCL_SUCCESS && awaited->thread) comm_ready_add(*awaited->place);
   free(awaited);
   atomic_fetch_sub(&commAwaitedCount, 1);
 }
@@ -70,6 +89,7 @@ static void comm_awaited_end(const void *thread, const void *parent, int result)
 void p2p_comm_group_ended(int result) {
   if (atomic_load_explicit(&commAwaitedCount, memory_order_relaxed) > 0)
     comm_awaited_end(&commThread, NULL, result);
+  comm_ready_end(result == P2P_NCCL_SUCCESS);
 }
 
 void p2p_comm_forget(const void *comm) {
@@ -84,6 +104,11 @@ int p2p_comm_async_error(void *comm, int *error) {
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
   result = original(comm, error);
+  if (result == P2P_NCCL_SUCCESS && *error == P2P_NCCL_SUCCESS) {
+    const scheduleComm_t *scheduled = schedule_find(comm);
+
+    if (scheduled) *error = schedule_comm_error(scheduled);
+  }
   if (result == P2P_NCCL_SUCCESS && atomic_load_explicit(&commAwaitedCount, memory_order_relaxed) > 0 &&
       *error != P2P_NCCL_IN_PROGRESS) {
     comm_awaited_end(NULL, comm, *error);
@@ -103,6 +128,8 @@ static int comm_made_by_ids(int result, void *const *comm, const p2p_unique_id_t
   if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
   if (comm && *comm && ids && nIds > 0)
     comm_made(*comm, comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)));
+  if (comm && result == P2P_NCCL_SUCCESS) comm_ready_add(*comm);
+  if (p2p_group_depth() == 0) comm_ready_end(true);
   return result;
 }
 
@@ -155,7 +182,11 @@ int p2p_comm_init_all(void **comms, int nDevices, const int *devices) {
   result = original(comms, nDevices, devices);
   if (!p2p_counts() || result != P2P_NCCL_SUCCESS || !comms) return result;
   id = comm_id_local();
-  for (int i = 0; i < nDevices; i++) comm_made(comms[i], id);
+  for (int i = 0; i < nDevices; i++) {
+    comm_made(comms[i], id);
+    comm_ready_add(comms[i]);
+  }
+  if (p2p_group_depth() == 0) comm_ready_end(true);
   return result;
 }
 
@@ -167,7 +198,9 @@ static int comm_made_by_parent(int result, void **comm, const void *parent, uint
   } else if (result == P2P_NCCL_IN_PROGRESS) {
     comm_awaited_add(comm, id, parent, NULL);
   } else if (*comm) {
-    comm_made(*comm, id);
+    if (id != 0) comm_made(*comm, id);
+    comm_ready_add(*comm);
+    comm_ready_end(true);
   }
   return result;
 }
@@ -181,7 +214,7 @@ int p2p_comm_split(void *parent, int colour, int key, void **comm, void *config)
   /* Ranks that get none are asked, too, so that all count alike. */
   id = comm_id_child(parent, (uint64_t)(uint32_t)colour << 8 | COMM_KIND_SPLIT);
   result = original(parent, colour, key, comm, config);
-  return id != 0 && colour != COMM_NO_COLOUR ? comm_made_by_parent(result, comm, parent, id) : result;
+  return colour != COMM_NO_COLOUR ? comm_made_by_parent(result, comm, parent, id) : result;
 }
 
 int p2p_comm_shrink(void *parent, int *excluded, int nExcluded, void **comm, void *config, int flags) {
@@ -192,7 +225,7 @@ int p2p_comm_shrink(void *parent, int *excluded, int nExcluded, void **comm, voi
   if (!original) return P2P_NCCL_INVALID_USAGE;
   id = comm_id_child(parent, COMM_KIND_SHRINK);
   result = original(parent, excluded, nExcluded, comm, config, flags);
-  return id != 0 ? comm_made_by_parent(result, comm, parent, id) : result;
+  return comm_made_by_parent(result, comm, parent, id);
 }
 
 /* New ranks have the unique id alone, old ones the parent alone: no id of ours that both could compute. The

@@ -29,8 +29,50 @@ static const setting_t settingsTable[] = {
      .byDefault = "observe",
      .words = {"off", "observe", "schedule"},
      .help = "what is done with NCCL's send, receive and all-to-all calls: nothing (the profiler role still "
-             "counts what NCCL tells it), or count them and pass them on; schedule is not built yet and is "
-             "taken as observe"},
+             "counts what NCCL tells it); count them and pass them on; or count them and, on communicators "
+             "whose ranks share one domain, move them by load with our own kernel"},
+    {.name = "ULTRAEP_P2P_CTAS",
+     .type = SETTING_INT,
+     .offset = offsetof(settings_t, p2pCtas),
+     .byDefault = "0",
+     .min = 0,
+     .max = 128,
+     .help = "thread blocks (SMs) that a scheduled group may use; 0: as many as NCCL_MAX_CTAS says, else 16"},
+    {.name = "ULTRAEP_P2P_STAGE_KB",
+     .type = SETTING_INT,
+     .offset = offsetof(settings_t, p2pStageKb),
+     .byDefault = "512",
+     .min = 1,
+     .max = 65536,
+     .help = "KiB of a stage, through which data goes to buffers that peers do not map; alike on all ranks"},
+    {.name = "ULTRAEP_P2P_STAGES",
+     .type = SETTING_INT,
+     .offset = offsetof(settings_t, p2pStages),
+     .byDefault = "8",
+     .min = 1,
+     .max = 64,
+     .help = "stages for each peer, on every rank; alike on all ranks"},
+    {.name = "ULTRAEP_P2P_EAGER_KB",
+     .type = SETTING_INT,
+     .offset = offsetof(settings_t, p2pEagerKb),
+     .byDefault = "32",
+     .min = 0,
+     .max = 65536,
+     .help = "KiB up to which a send does not wait for its receive, one stage at most; alike on all ranks"},
+    {.name = "ULTRAEP_P2P_TIMEOUT_MS",
+     .type = SETTING_INT,
+     .offset = offsetof(settings_t, p2pTimeoutMs),
+     .byDefault = "1800000",
+     .min = 0,
+     .max = 2147483647,
+     .help = "how long a scheduled send or receive waits for its peer; 0: for ever, as NCCL does"},
+    {.name = "ULTRAEP_P2P_SHARE",
+     .type = SETTING_WORD,
+     .offset = offsetof(settings_t, p2pShare),
+     .byDefault = "safe",
+     .words = {"safe", "all", "off"},
+     .help = "receive buffers that peers map and write directly: those in cuMem memory (ncclMemAlloc), which "
+             "may be freed while mapped; cudaMalloc's, too; or none"},
     {.name = "ULTRAEP_TRAFFIC_JSON",
      .type = SETTING_PATH,
      .offset = offsetof(settings_t, trafficJson),
@@ -157,10 +199,6 @@ void settings_load(settings_t *settings, const char *(*lookup)(const char *name)
     /* Long values are cut: the variable's name says where to look. */
     fprintf(messages, "ultraep: %s=%.200s does not fit (%s); %s%s is used\n", setting->name, text, range,
             setting->byDefault[0] ? "the default " : "no file", setting->byDefault);
-  }
-  if (settings->p2p == SETTINGS_P2P_SCHEDULE) {
-    settings->p2p = SETTINGS_P2P_OBSERVE;
-    fprintf(messages, "ultraep: ULTRAEP_P2P=schedule is not built yet; observe is used\n");
   }
 }
 

@@ -13,11 +13,17 @@ enum { SETTINGS_PATH_BYTES = 1024 }; /* the closing 0 included */
 enum {
   SETTINGS_P2P_OFF,     /* no call is taken over */
   SETTINGS_P2P_OBSERVE, /* calls are counted and passed on */
-  SETTINGS_P2P_SCHEDULE /* a word of ULTRAEP_P2P, never in p2p: while it is not built, it reads as observe */
+  SETTINGS_P2P_SCHEDULE /* and those of communicators in one domain go by our own kernel (schedule.h) */
 };
 
+enum { SETTINGS_SHARE_SAFE, SETTINGS_SHARE_ALL, SETTINGS_SHARE_OFF };
+
 typedef struct {
-  int32_t p2p;           /* SETTINGS_P2P_OFF or SETTINGS_P2P_OBSERVE */
+  int32_t p2p;           /* SETTINGS_P2P_... */
+  int32_t p2pCtas;       /* thread blocks of a scheduled group; 0: NCCL_MAX_CTAS, or 16 */
+  int32_t p2pStageKb, p2pStages, p2pEagerKb;
+  int32_t p2pTimeoutMs; /* 0: none */
+  int32_t p2pShare;     /* SETTINGS_SHARE_...: which receive buffers peers map */
   int32_t windowSeconds; /* of the traffic record */
   bool help;
   /* "": not written. %h, %p and %% stand for host, process id and %: settings_path_expand. */

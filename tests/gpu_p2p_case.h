@@ -2,7 +2,7 @@
 #ifndef ULTRAEP_TESTS_GPU_P2P_CASE_H_
 #define ULTRAEP_TESTS_GPU_P2P_CASE_H_
 
-#include "p2p.h"
+#include "kernel_p2p.h"
 
 #include <cuda_runtime_api.h>
 #include <stdbool.h>
