@@ -1,0 +1,409 @@
+/* ULTRAEP_P2P=schedule under a real NCCL: ranks are threads on one GPU, and call NCCL's functions as the
+ * takeover would lead them: through p2p.h, with the loaded NCCL's as originals. Random uneven groups on one
+ * and two streams, several communicators, a split one, graphs, ends with and without abort. */
+#include "p2p.h"
+#include "planner_common.h"
+#include "schedule.h"
+#include "ultraep.h"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <cmocka.h>
+
+#include "gpu_common.h"
+
+#define MAX_RANKS 8
+#define ARENA ((size_t)24 << 20)
+#define TYPE_INT8 0
+
+typedef struct {
+  int nRanks, rank, round;
+  void *comm;
+  cudaStream_t streams[2];
+  unsigned char *send, *recv; /* device [ARENA] */
+  unsigned char *host;        /* [ARENA] */
+  char flaw[256];
+} rank_t;
+
+typedef void (*rankWork_t)(rank_t *self);
+
+static struct {
+  p2p_unique_id_t id;
+  pthread_barrier_t barrier;
+  rankWork_t work;
+  int (*getUniqueId)(p2p_unique_id_t *id);
+  int (*memAlloc)(void **ptr, size_t bytes);
+  int (*memFree)(void *ptr);
+  bool fromNccl; /* buffers are ncclMemAlloc's, which peers map */
+} world;
+
+#define CHECK(self, condition, ...)                                                                          \
+  do {                                                                                                       \
+    if (!(self)->flaw[0] && !(condition)) snprintf((self)->flaw, sizeof((self)->flaw), __VA_ARGS__);         \
+  } while (0)
+#define CALL(self, call)                                                                                     \
+  do {                                                                                                       \
+    int callResult = (call);                                                                                 \
+    CHECK(self, callResult == 0, "line %d: %s is %d (%s)", __LINE__, #call, callResult,                      \
+          ultraepGetLastError());                                                                            \
+  } while (0)
+
+static void meet(void) {
+  pthread_barrier_wait(&world.barrier);
+}
+
+/* A test may wait for a rank that is gone: seconds, not for ever. */
+static bool stream_ends(cudaStream_t stream, int seconds) {
+  for (int i = 0; i < 10000 * seconds; i++) {
+    if (cudaStreamQuery(stream) != cudaErrorNotReady) return true;
+    nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+  }
+  return false;
+}
+
+/* ---- what is exchanged: any rank can draw any pair's sizes ---- */
+
+typedef struct {
+  int n; /* transfers of the pair */
+  size_t bytes[3], from[3], to[3];
+} pair_t;
+
+/* Every rank draws alike; offsets are the pairs' own parts of the arenas. */
+static pair_t pair_draw(int nRanks, int round, int from, int to) {
+  planner_random_t random = {(uint64_t)(round * 97 + from * 11 + to * 3 + nRanks)};
+  size_t part = ARENA / (size_t)nRanks / 3;
+  pair_t pair = {.n = planner_random_below(&random, 4)};
+  if (from == to) pair.n = pair.n > 1;
+  for (int i = 0; i < pair.n; i++) {
+    size_t odd = planner_random_below(&random, 3) ? 0 : (size_t)planner_random_below(&random, 40);
+    switch (planner_random_below(&random, 4)) {
+    case 0:
+      pair.bytes[i] = (size_t)planner_random_below(&random, 3) * 7;
+      break;
+    case 1:
+      pair.bytes[i] = (size_t)planner_random_below(&random, 30000);
+      break;
+    default:
+      pair.bytes[i] = 16 * (size_t)planner_random_below(&random, (int)(part / 16) - 8);
+    }
+    pair.from[i] = ((size_t)to * 3 + (size_t)i) * part + odd;
+    pair.to[i] = ((size_t)from * 3 + (size_t)i) * part + (planner_random_below(&random, 4) ? odd : 0);
+  }
+  return pair;
+}
+
+static unsigned char value(int round, int from, size_t at) {
+  uint64_t x = (uint64_t)at * 0x9e3779b97f4a7c15u + (uint64_t)(round * 131 + from);
+  return (unsigned char)(x >> 29);
+}
+
+static void fill(rank_t *self) {
+  for (size_t i = 0; i < ARENA; i++) self->host[i] = value(self->round, self->rank, i);
+  CALL(self, cudaMemcpyAsync(self->send, self->host, ARENA, cudaMemcpyHostToDevice, self->streams[0]));
+  CALL(self, cudaMemsetAsync(self->recv, 0x5a, ARENA, self->streams[0]));
+  CALL(self, cudaStreamSynchronize(self->streams[0]));
+}
+
+static void exchange(rank_t *self, void *comm, bool twoStreams) {
+  CALL(self, p2p_group_start());
+  for (int peer = 0; peer < self->nRanks; peer++) {
+    pair_t out = pair_draw(self->nRanks, self->round, self->rank, peer);
+    pair_t in = pair_draw(self->nRanks, self->round, peer, self->rank);
+    for (int i = 0; i < 3; i++) {
+      cudaStream_t stream = self->streams[twoStreams && i == 1];
+      if (i < out.n)
+        CALL(self, p2p_send(self->send + out.from[i], out.bytes[i], TYPE_INT8, peer, comm, stream));
+      if (i < in.n) CALL(self, p2p_recv(self->recv + in.to[i], in.bytes[i], TYPE_INT8, peer, comm, stream));
+    }
+  }
+  CALL(self, p2p_group_end());
+}
+
+static void verify(rank_t *self) {
+  CHECK(self, stream_ends(self->streams[0], 20) && stream_ends(self->streams[1], 20), "round %d does not end",
+        self->round);
+  if (self->flaw[0]) return;
+  int error = 0;
+  CALL(self, p2p_comm_async_error(self->comm, &error));
+  CHECK(self, error == 0, "asynchronous error %d", error);
+  CALL(self, cudaMemcpyAsync(self->host, self->recv, ARENA, cudaMemcpyDeviceToHost, self->streams[0]));
+  CALL(self, cudaStreamSynchronize(self->streams[0]));
+  size_t next = 0;
+  for (int peer = 0; peer < self->nRanks; peer++) {
+    pair_t in = pair_draw(self->nRanks, self->round, peer, self->rank);
+    for (int i = 0; i < in.n; i++) {
+      for (; next < in.to[i]; next++)
+        CHECK(self, self->host[next] == 0x5a, "round %d: byte %zu was written", self->round, next);
+      for (size_t b = 0; b < in.bytes[i]; b++, next++)
+        CHECK(self, self->host[next] == value(self->round, peer, in.from[i] + b),
+              "round %d: byte %zu of %zu, transfer %d from %d: 0x%02x", self->round, b, in.bytes[i], i, peer,
+              self->host[next]);
+    }
+  }
+}
+
+/* ---- ranks ---- */
+
+static void rank_open(rank_t *self) {
+  CALL(self, cudaSetDevice(0));
+  for (int i = 0; i < 2; i++) CALL(self, cudaStreamCreateWithFlags(&self->streams[i], cudaStreamNonBlocking));
+  self->host = malloc(ARENA);
+  CHECK(self, self->host, "no memory");
+  if (world.fromNccl) {
+    CALL(self, world.memAlloc((void **)&self->send, ARENA));
+    CALL(self, world.memAlloc((void **)&self->recv, ARENA));
+  } else {
+    CALL(self, cudaMalloc((void **)&self->send, ARENA));
+    CALL(self, cudaMalloc((void **)&self->recv, ARENA));
+  }
+  meet();
+  CALL(self, p2p_comm_init_rank(&self->comm, self->nRanks, world.id, self->rank));
+  CHECK(self, schedule_find(self->comm), "the communicator is not scheduled: %s", ultraepGetLastError());
+}
+
+static void rank_close(rank_t *self) {
+  if (self->comm) CALL(self, p2p_comm_destroy(self->comm));
+  meet();
+  for (int i = 0; i < 2; i++) CALL(self, cudaStreamDestroy(self->streams[i]));
+  free(self->host);
+  if (world.fromNccl) {
+    CALL(self, world.memFree(self->send));
+    CALL(self, world.memFree(self->recv));
+  } else {
+    CALL(self, cudaFree(self->send));
+    CALL(self, cudaFree(self->recv));
+  }
+}
+
+static void *rank_run(void *argument) {
+  rank_t *self = argument;
+  rank_open(self);
+  meet();
+  world.work(self);
+  meet();
+  rank_close(self);
+  return NULL;
+}
+
+static void run(int nRanks, bool fromNccl, rankWork_t work) {
+  pthread_t threads[MAX_RANKS];
+  rank_t ranks[MAX_RANKS];
+  memset(ranks, 0, sizeof(ranks));
+  world.work = work;
+  world.fromNccl = fromNccl;
+  assert_int_equal(world.getUniqueId(&world.id), 0);
+  pthread_barrier_init(&world.barrier, NULL, (unsigned)nRanks);
+  for (int r = 0; r < nRanks; r++) {
+    ranks[r].nRanks = nRanks;
+    ranks[r].rank = r;
+    assert_int_equal(pthread_create(&threads[r], NULL, rank_run, &ranks[r]), 0);
+  }
+  for (int r = 0; r < nRanks; r++) pthread_join(threads[r], NULL);
+  pthread_barrier_destroy(&world.barrier);
+  for (int r = 0; r < nRanks; r++)
+    if (ranks[r].flaw[0]) fail_msg("%d ranks, rank %d: %s", nRanks, r, ranks[r].flaw);
+}
+
+static int nRounds = 12;
+
+static void random_work(rank_t *self) {
+  for (self->round = 0; self->round < nRounds; self->round++) {
+    fill(self);
+    meet();
+    exchange(self, self->comm, self->round % 3 == 2);
+    verify(self);
+    meet();
+  }
+}
+
+static void test_random(void **state) {
+  (void)state;
+  for (int nRanks = 2; nRanks <= MAX_RANKS; nRanks *= 2) {
+    run(nRanks, true, random_work);
+    run(nRanks, false, random_work);
+  }
+}
+
+/* All-to-all, gather, scatter and calls outside a group. */
+static void whole_work(rank_t *self) {
+  const size_t count = 100000;
+  for (self->round = 0; self->round < 4; self->round++) {
+    fill(self);
+    meet();
+    switch (self->round) {
+    case 0:
+      CALL(self, p2p_all_to_all(self->send, self->recv, count, TYPE_INT8, self->comm, self->streams[0]));
+      break;
+    case 1:
+      CALL(self, p2p_gather(self->send, self->recv, count, TYPE_INT8, 1, self->comm, self->streams[0]));
+      break;
+    case 2:
+      CALL(self, p2p_scatter(self->send, self->recv, count, TYPE_INT8, 1, self->comm, self->streams[0]));
+      break;
+    default:
+      if (self->rank == 0)
+        CALL(self, p2p_send(self->send, count, TYPE_INT8, 1, self->comm, self->streams[0]));
+      if (self->rank == 1)
+        CALL(self, p2p_recv(self->recv, count, TYPE_INT8, 0, self->comm, self->streams[0]));
+    }
+    CHECK(self, stream_ends(self->streams[0], 20), "round %d does not end", self->round);
+    CALL(self, cudaMemcpyAsync(self->host, self->recv, ARENA, cudaMemcpyDeviceToHost, self->streams[0]));
+    CALL(self, cudaStreamSynchronize(self->streams[0]));
+    for (int from = 0; from < self->nRanks; from++) {
+      size_t at = self->round < 2 ? (size_t)from * count : 0, source = 0;
+      if (self->round == 0 || self->round == 2) source = (size_t)self->rank * count;
+      if (self->round == 1 && self->rank != 1) continue;
+      if (self->round == 2 && from != 1) continue;
+      if (self->round == 3 && (self->rank != 1 || from != 0)) continue;
+      for (size_t b = 0; b < count; b++)
+        CHECK(self, self->host[at + b] == value(self->round, from, source + b), "call %d: byte %zu from %d",
+              self->round, b, from);
+    }
+    meet();
+  }
+}
+
+static void test_whole(void **state) {
+  (void)state;
+  run(4, true, whole_work);
+}
+
+static void graph_work(rank_t *self) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  self->round = 5;
+  fill(self);
+  CALL(self, cudaStreamBeginCapture(self->streams[0], cudaStreamCaptureModeThreadLocal));
+  exchange(self, self->comm, false);
+  exchange(self, self->comm, false);
+  CALL(self, cudaStreamEndCapture(self->streams[0], &graph));
+  CALL(self, cudaGraphInstantiate(&exec, graph, 0));
+  CALL(self, cudaGraphUpload(exec, self->streams[0]));
+  CALL(self, cudaStreamSynchronize(self->streams[0]));
+  meet();
+  for (int i = 0; i < 30; i++) {
+    CALL(self, cudaGraphLaunch(exec, self->streams[0]));
+    if (i % 10 == 9) exchange(self, self->comm, false); /* between replays */
+  }
+  verify(self);
+  meet();
+  CALL(self, cudaGraphExecDestroy(exec));
+  CALL(self, cudaGraphDestroy(graph));
+}
+
+static void test_graph(void **state) {
+  (void)state;
+  run(4, true, graph_work);
+}
+
+/* A communicator split off, two used in one group; a part of the ranks in another. */
+static void split_work(rank_t *self) {
+  void *twin = NULL, *half = NULL;
+  CALL(self, p2p_comm_split(self->comm, 0, self->rank, &twin, NULL));
+  CHECK(self, schedule_find(twin), "the twin is not scheduled");
+  meet();
+  CALL(self, p2p_group_start());
+  CALL(self, p2p_comm_split(self->comm, self->rank % 2, self->rank, &half, NULL));
+  CALL(self, p2p_group_end());
+  CHECK(self, schedule_find(half), "the half is not scheduled");
+  meet();
+  self->round = 7;
+  fill(self);
+  meet();
+  CALL(self, p2p_group_start());
+  exchange(self, twin, false);
+  CALL(self, p2p_send(self->send, 0, TYPE_INT8, self->rank / 2, half, self->streams[1]));
+  CALL(self, p2p_recv(self->recv, 0, TYPE_INT8, self->rank / 2, half, self->streams[1]));
+  CALL(self, p2p_group_end());
+  verify(self);
+  meet();
+  CALL(self, p2p_comm_destroy(half));
+  meet();
+  CALL(self, p2p_comm_destroy(twin));
+}
+
+static void test_split(void **state) {
+  (void)state;
+  run(4, true, split_work);
+}
+
+/* Rank 0 waits for one that does not come, and aborts. */
+static void abort_work(rank_t *self) {
+  if (self->rank == 0) CALL(self, p2p_recv(self->recv, 1000, TYPE_INT8, 1, self->comm, self->streams[0]));
+  meet();
+  if (self->rank == 0) {
+    CHECK(self, !stream_ends(self->streams[0], 1), "it did not wait");
+    CALL(self, p2p_comm_abort(self->comm));
+    CHECK(self, stream_ends(self->streams[0], 20), "the kernel does not leave");
+  }
+  meet();
+  if (self->rank != 0) CALL(self, p2p_comm_abort(self->comm));
+  self->comm = NULL;
+}
+
+static void test_abort(void **state) {
+  (void)state;
+  run(2, true, abort_work);
+}
+
+static void nothing_work(rank_t *self) {
+  self->round = 1;
+  fill(self);
+  meet();
+  exchange(self, self->comm, false);
+  verify(self);
+}
+
+static void test_again(void **state) {
+  size_t before = 0, after = 0, all;
+  (void)state;
+  for (int i = 0; i < 12; i++) {
+    run(2, i % 2, nothing_work);
+    if (i == 3) GPU_OK(cudaMemGetInfo(&before, &all));
+  }
+  GPU_OK(cudaMemGetInfo(&after, &all));
+  print_message("8 communicators more: %lld bytes\n", (long long)before - (long long)after);
+  assert_true(before < after + ((size_t)16 << 20));
+}
+
+static bool nccl_find(void) {
+  struct p2p_nccl nccl;
+  int version = 0;
+  void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
+  int (*getVersion)(int *) = library ? (int (*)(int *))dlsym(library, "ncclGetVersion") : NULL;
+  if (!getVersion || getVersion(&version) != 0 || version < 23000) return false;
+  memset(&nccl, 0, sizeof(nccl));
+  for (int call = 0; call < P2P_CALLS; call++) nccl.calls[call] = dlsym(library, p2pNames[call]);
+  nccl.commCount = (p2p_ask_fn)dlsym(library, "ncclCommCount");
+  nccl.commUserRank = (p2p_ask_fn)dlsym(library, "ncclCommUserRank");
+  p2p_nccl_set(&nccl, true);
+  world.getUniqueId = (int (*)(p2p_unique_id_t *))dlsym(library, "ncclGetUniqueId");
+  world.memAlloc = (int (*)(void **, size_t))dlsym(library, "ncclMemAlloc");
+  world.memFree = (int (*)(void *))dlsym(library, "ncclMemFree");
+  return world.getUniqueId && world.memAlloc && world.memFree;
+}
+
+/* Optional arguments: rounds of random groups, and which tests. */
+int main(int argc, char **argv) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random), cmocka_unit_test(test_whole),
+                                     cmocka_unit_test(test_graph),  cmocka_unit_test(test_split),
+                                     cmocka_unit_test(test_abort),  cmocka_unit_test(test_again)};
+  setenv("ULTRAEP_P2P", "schedule", 0);
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  GPU_REQUIRE();
+  if (!nccl_find()) {
+    printf("no NCCL 2.30 or later: skipped\n");
+    return GPU_SKIP_CODE;
+  }
+  if (argc > 1) nRounds = atoi(argv[1]);
+  if (argc > 2) cmocka_set_test_filter(argv[2]);
+  return cmocka_run_group_tests_name("gpu_schedule", tests, NULL, NULL);
+}
