@@ -137,6 +137,9 @@ int kernelP2pFits(int32_t nLanes, int32_t nOps); /* 1: lanes and ops may lie in 
 /* Loads the kernels for the current device (see kernelsLoad). */
 int kernelP2pLoad(void);
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream);
+/* Makes the stream wait until that many kernels of this rank have ended since its state was made, or an
+ * abort: an order between streams that costs nothing where it is not needed. */
+int kernelP2pAwait(const kernelP2p_t *p2p, uint64_t runs, cudaStream_t stream);
 /* Tells every peer that this rank leaves. */
 int kernelP2pLeave(const kernelP2p_t *p2p, cudaStream_t stream);
 

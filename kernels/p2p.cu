@@ -8,8 +8,9 @@ namespace ultraep {
 
 constexpr int kP2pThreads = 512;
 constexpr int kP2pWarps = kP2pThreads / kWarp;
-constexpr int kP2pMovers = 3;       // warps of a block that move by bulk copies
-constexpr size_t kP2pStatic = 2048; // shared memory that the kernel declares, at most
+constexpr int kP2pMovers = 3; // warps of a block that move by bulk copies
+constexpr size_t kP2pStatic =
+    2048 + kP2pMaxLanes * sizeof(P2pLaneState); // shared memory that the kernel declares, at most
 constexpr int kP2pInlineLanes = 48, kP2pInlineOps = 96;
 
 struct P2pInline {
@@ -27,11 +28,13 @@ enum P2pForm {
 __device__ inline void leaveP2p(const P2pContext &c) {
   __syncthreads();
   if (threadIdx.x != 0) return;
-  uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&c.s.left) : "memory");
+  uint32_t before = 0;
+  if (gridDim.x > 1)
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&c.s.left) : "memory");
   if (before != gridDim.x - 1) return;
   c.s.left = 0;
   if (!c.hasFailed()) c.s.lanesOver = 0;
+  storeReleaseDevice64(&c.s.runs, c.s.runs + 1);
 }
 
 template <P2pForm kForm, bool kInline>
@@ -47,8 +50,9 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
     ops = own.ops;
   }
   P2pContext c{p, layout, lanes, ops, group.nLanes, *p.state};
+  __shared__ P2pLaneState states[kP2pMaxLanes]; // of lane i in block i % gridDim.x
   int warp = threadIdx.x / kWarp;
-  if (c.hasFailed()) return; // as all blocks, for no block of this kernel has begun without seeing it
+  bool isDead = __syncthreads_or(threadIdx.x == 0 && c.hasFailed());
   if constexpr (kForm == kP2pBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     __shared__ P2pPipe pipe;
@@ -60,15 +64,23 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
       pipe.nTaken = pipe.nBegun = pipe.nLoaded = pipe.nFreed = pipe.isTakenAll = pipe.isLoadedAll = 0;
     }
     __syncthreads();
-    if (warp < kP2pMovers) moveByBulk(c, pipe, p2pMemory, nStages);
-    if (warp >= kP2pMovers)
-      mindLanes(c, int(blockIdx.x) + (warp - kP2pMovers) * int(gridDim.x),
+    if (!isDead && warp < kP2pMovers) moveByBulk(c, pipe, p2pMemory, nStages);
+    if (!isDead && warp >= kP2pMovers)
+      mindLanes(c, states, int(blockIdx.x) + (warp - kP2pMovers) * int(gridDim.x),
                 (kP2pWarps - kP2pMovers) * gridDim.x, true, false);
 #endif
-  } else {
-    mindLanes(c, int(blockIdx.x) + warp * int(gridDim.x), kP2pWarps * gridDim.x, false, kForm == kP2pSmall);
+  } else if (!isDead) {
+    mindLanes(c, states, int(blockIdx.x) + warp * int(gridDim.x), kP2pWarps * gridDim.x, false,
+              kForm == kP2pSmall);
   }
   leaveP2p(c);
+}
+
+__global__ void awaitKernel(const __grid_constant__ kernelP2p_t p, uint64_t runs) {
+  while (loadAcquireDevice64(&p.state->runs) < runs) {
+    if (*reinterpret_cast<const volatile int32_t *>(&p.failure->abort) != 0) return;
+    __nanosleep(500);
+  }
 }
 
 __global__ void leaveKernel(const __grid_constant__ kernelP2p_t p,
@@ -143,7 +155,8 @@ int kernelP2pLoad(void) {
   return loadKernels({kernelAddress(p2pKernel<kP2pSmall, true>), kernelAddress(p2pKernel<kP2pSmall, false>),
                       kernelAddress(p2pKernel<kP2pPortable, true>),
                       kernelAddress(p2pKernel<kP2pPortable, false>), kernelAddress(p2pKernel<kP2pBulk, true>),
-                      kernelAddress(p2pKernel<kP2pBulk, false>), kernelAddress(leaveKernel)});
+                      kernelAddress(p2pKernel<kP2pBulk, false>), kernelAddress(leaveKernel),
+                      kernelAddress(awaitKernel)});
 }
 
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream) {
@@ -153,6 +166,11 @@ int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaS
   if (group->nLanes == 0) return cudaSuccess;
   if (kernelP2pFits(group->nLanes, group->nOps)) return launchForm<true>(p2p, layout, *group, stream);
   return launchForm<false>(p2p, layout, *group, stream);
+}
+
+int kernelP2pAwait(const kernelP2p_t *p2p, uint64_t runs, cudaStream_t stream) {
+  ultraep::awaitKernel<<<1, 1, 0, stream>>>(*p2p, runs);
+  return cudaGetLastError();
 }
 
 int kernelP2pLeave(const kernelP2p_t *p2p, cudaStream_t stream) {

@@ -14,15 +14,22 @@ struct P2pLane {
   P2pLaneState &state;
   bool hasBulk;
 
-  __device__ P2pLane(const P2pContext &context, int number, bool bulk)
-      : c(context), index(number), lane(context.lanes[number]), state(context.s.lanes[number]),
-        hasBulk(bulk) {}
+  __device__ P2pLane(const P2pContext &context, int number, P2pLaneState &own, bool bulk)
+      : c(context), index(number), lane(context.lanes[number]), state(own), hasBulk(bulk) {}
+
+  // Before the first step: what earlier kernels have counted.
+  __device__ void begin() const {
+    if (isFirst()) {
+      state = {};
+      state.number = (lane.isRecv ? c.s.received : c.s.sent)[lane.peer];
+      state.chunk = (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer];
+    }
+    __syncwarp();
+  }
 
   __device__ bool isFirst() const { return threadIdx.x % kWarp == 0; }
   __device__ kernelP2pOp_t op() const { return c.ops[lane.first + state.op]; }
-  __device__ uint64_t number() const {
-    return (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] + uint64_t(state.op);
-  }
+  __device__ uint64_t number() const { return state.number; }
   __device__ uint64_t eager() const { return c.p.geometry.eagerBytes; }
   __device__ uint64_t stageBytes() const { return c.p.geometry.stageBytes; }
 
@@ -112,6 +119,8 @@ struct P2pLane {
     if (isFirst()) {
       state.step = kP2pBegin;
       state.op++;
+      state.number++;
+      state.polls = 0;
     }
     __syncwarp();
     return true;
@@ -127,22 +136,16 @@ struct P2pLane {
 
   // ---- sending ----
 
+  // The mark alone says that the stage is filled.
   __device__ bool sendEager(const kernelP2pOp_t &x) const {
-    uint64_t chunk = c.s.sentChunks[lane.peer];
+    uint64_t chunk = state.chunk;
     if (x.bytes > 0 && chunk >= c.stages() &&
         seeSystem(c.freed(c.p.rank, lane.peer, chunk)) <= chunk - c.stages())
       return false;
     if (x.bytes > 0)
       copyByWarp(c.stage(lane.peer, c.p.rank, chunk), reinterpret_cast<const char *>(x.address), x.bytes);
-    __syncwarp();
-    if (isFirst()) {
-      kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
-      *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = x.bytes;
-      __threadfence_system();
-      if (x.bytes > 0) storeRelaxedSystem(c.arrived(lane.peer, c.p.rank, chunk), chunk + 1);
-      storeRelaxedSystem(&mark->number, (number() + 1) << 1);
-      if (x.bytes > 0) c.s.sentChunks[lane.peer] = chunk + 1;
-    }
+    raiseMark(x.bytes, false);
+    if (isFirst() && x.bytes > 0) state.chunk = chunk + 1;
     return over();
   }
   __device__ char *mapped(const kernelP2pPost_t &post) const {
@@ -172,19 +175,19 @@ struct P2pLane {
       open(kP2pDirect, user, to, bytes, 0);
     } else {
       raiseMark(x.bytes, false);
-      open(kP2pStagedSend, user, nullptr, bytes, c.s.sentChunks[lane.peer]);
+      open(kP2pStagedSend, user, nullptr, bytes, state.chunk);
     }
     return true;
   }
   __device__ bool sendMoving(const kernelP2pOp_t &x) const {
     bool isDirect = state.isDirect;
-    bool some = !isDirect && extend(c.s.sentChunks[lane.peer]);
+    bool some = !isDirect && extend(state.chunk);
     if (!isMoved()) return some;
     close(!isDirect);
     if (isDirect)
       raiseMark(x.bytes, true);
     else if (isFirst())
-      c.s.sentChunks[lane.peer] += (state.bytes + stageBytes() - 1) / stageBytes();
+      state.chunk += (state.bytes + stageBytes() - 1) / stageBytes();
     return over();
   }
   __device__ bool stepSend() const {
@@ -208,20 +211,35 @@ struct P2pLane {
 
   // ---- receiving ----
 
-  __device__ bool post(const kernelP2pOp_t &x) const {
+  __device__ void post(const kernelP2pOp_t &x) const {
     __syncwarp();
-    if (isFirst()) {
-      kernelP2pPost_t *at = c.post(lane.peer, c.p.rank, number());
-      volatile kernelP2pPost_t *to = at;
-      to->bytes = x.bytes;
-      to->address = x.address;
-      to->slot = x.slot;
-      to->generation = x.generation;
-      storeReleaseSystem(&at->number, number() + 1);
-      state.step = kP2pAwaitPeer;
-    }
+    if (!isFirst()) return;
+    kernelP2pPost_t *at = c.post(lane.peer, c.p.rank, number());
+    volatile kernelP2pPost_t *to = at;
+    to->bytes = x.bytes;
+    to->address = x.address;
+    to->slot = x.slot;
+    to->generation = x.generation;
+    storeReleaseSystem(&at->number, number() + 1);
+  }
+  // A small receive need not be posted: a sender waits for that only if its own size is large, and so
+  // another.
+  __device__ bool recvBegin(const kernelP2pOp_t &x) const {
+    if (x.bytes > eager() || lane.peer == c.p.rank) post(x);
     __syncwarp();
-    return true;
+    if (isFirst()) state.step = kP2pAwaitPeer;
+    __syncwarp();
+    return recvMarked(x);
+  }
+  __device__ void postLate(const kernelP2pOp_t &x) const {
+    constexpr int kPolls = 2000;
+    if (x.bytes > eager()) return;
+    __syncwarp();
+    int polls = state.polls;
+    __syncwarp();
+    if (polls == kPolls) post(x);
+    if (isFirst() && polls <= kPolls) state.polls = polls + 1;
+    __syncwarp();
   }
   __device__ bool received() const {
     __syncwarp();
@@ -232,51 +250,54 @@ struct P2pLane {
   __device__ bool recvMarked(const kernelP2pOp_t &x) const {
     const kernelP2pMark_t *at = c.mark(c.p.rank, lane.peer, number());
     uint64_t word = seeSystem(&at->number);
-    if (word >> 1 != number() + 1) return false;
+    if (word >> 1 != number() + 1) {
+      postLate(x);
+      return false;
+    }
     uint64_t sent = *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
     if (sent != x.bytes && isFirst()) c.tellSizes(lane.peer, sent, x.bytes);
     if (word & 1) return received();
     uint64_t bytes = sent <= eager() ? sent : min(sent, x.bytes); // that come
     if (bytes == 0) return received();
     if (bytes > stageBytes()) {
-      open(kP2pStagedRecv, reinterpret_cast<char *>(x.address), nullptr, bytes,
-           c.s.receivedChunks[lane.peer]);
+      open(kP2pStagedRecv, reinterpret_cast<char *>(x.address), nullptr, bytes, state.chunk);
       return true;
     }
     __syncwarp();
     if (isFirst()) {
       state.bytes = min(bytes, x.bytes);
       state.step = kP2pAwaitStage;
+      state.isDirect = sent <= eager(); // it is there already
     }
     __syncwarp();
     return recvStage(x);
   }
   __device__ bool recvStage(const kernelP2pOp_t &x) const {
-    uint64_t chunk = c.s.receivedChunks[lane.peer];
-    if (seeSystem(c.arrived(c.p.rank, lane.peer, chunk)) != chunk + 1) return false;
+    uint64_t chunk = state.chunk;
+    if (!state.isDirect && seeSystem(c.arrived(c.p.rank, lane.peer, chunk)) != chunk + 1) return false;
     copyByWarp(reinterpret_cast<char *>(x.address), c.stage(c.p.rank, lane.peer, chunk), state.bytes);
     __syncwarp();
     if (isFirst()) {
       __threadfence_system();
       storeRelaxedSystem(c.freed(lane.peer, c.p.rank, chunk), chunk + 1);
       storeRelaxedSystem(c.taken(lane.peer, c.p.rank), number() + 1);
-      c.s.receivedChunks[lane.peer] = chunk + 1;
+      state.chunk = chunk + 1;
     }
     return over();
   }
   __device__ bool recvMoving() const {
-    bool some = extend(c.s.receivedChunks[lane.peer]);
+    bool some = extend(state.chunk);
     if (!isMoved()) return some;
     close(true);
     __syncwarp();
-    if (isFirst()) c.s.receivedChunks[lane.peer] += (state.bytes + stageBytes() - 1) / stageBytes();
+    if (isFirst()) state.chunk += (state.bytes + stageBytes() - 1) / stageBytes();
     return received();
   }
   __device__ bool stepRecv() const {
     kernelP2pOp_t x = op();
     switch (state.step) {
     case kP2pBegin:
-      return post(x);
+      return recvBegin(x);
     case kP2pAwaitPeer:
       return recvMarked(x);
     case kP2pMoving:
@@ -291,12 +312,13 @@ struct P2pLane {
   __device__ bool isOver() const { return state.op == lane.n; }
   // One step; true if something has changed.
   __device__ bool step() const { return lane.isRecv ? stepRecv() : stepSend(); }
-  // After the last transfer: as if it had never been, but for the counts.
-  __device__ void finish() const {
+  // After the last transfer: counted for the next kernel. alone: nobody else waits for the lane.
+  __device__ void finish(bool alone) const {
     __syncwarp();
     if (!isFirst()) return;
-    (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] += uint64_t(lane.n);
-    state = {};
+    (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] = state.number;
+    (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer] = state.chunk;
+    if (alone) return;
     __threadfence();
     atomicAdd(&c.s.lanesOver, 1u);
   }
@@ -320,29 +342,35 @@ struct P2pClock {
 
 // Looks after lanes first, first + stride, ..., and moves what bulk copies cannot, until all lanes of the
 // kernel are over; without movers (alone) until its own are.
-__device__ inline void mindLanes(const P2pContext &c, int first, int stride, bool hasBulk, bool alone) {
+__device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int first, int stride,
+                                 bool hasBulk, bool alone) {
   constexpr int kPolls = 256; // between looks
   P2pClock clock;
   uint32_t isDone = 0; // of up to 32 lanes
   int nMine = first < c.nLanes ? (c.nLanes - first + stride - 1) / stride : 0, nOver = 0;
+  auto laneOf = [&](int i) {
+    int number = first + i * stride;
+    return P2pLane(c, number, states[number / int(gridDim.x)], hasBulk);
+  };
+  for (int i = 0; i < nMine; i++) laneOf(i).begin();
   for (int polls = 1;; polls++) {
     bool some = false;
     int32_t waited = -1;
     for (int i = 0; i < nMine; i++) {
       if (isDone >> i & 1) continue;
-      P2pLane lane(c, first + i * stride, hasBulk);
+      P2pLane lane = laneOf(i);
       waited = lane.lane.peer;
       some |= lane.step();
       if (!lane.isOver()) continue;
-      lane.finish();
+      lane.finish(alone);
       isDone |= 1u << i;
       nOver++;
     }
     if (alone && nOver == nMine) return;
-    bool over = *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes);
-    bool failed = polls % 16 == 0 && c.hasFailed();
-    if (__any_sync(kFullWarp, over || failed)) return;
+    if (__any_sync(kFullWarp, polls % 16 == 0 && c.hasFailed())) return;
     if (!alone) {
+      bool over = *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes);
+      if (__any_sync(kFullWarp, over)) return;
       bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;
       if (__any_sync(kFullWarp, jobs)) some |= moveByWarp(c, gridDim.x);
       if (nOver == nMine && !some) __nanosleep(500);

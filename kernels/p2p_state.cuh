@@ -40,13 +40,16 @@ constexpr uint64_t kP2pBeyond = uint64_t(1) << (kP2pOffsetBits - 1);
 
 enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
 
-// Of the warp that looks after the lane. All zero between kernels.
+// Of the warp that looks after the lane, in its block's shared memory.
 struct P2pLaneState {
   int32_t op;      // of the lane, under way
   int32_t step;    // P2pStep
+  uint64_t number; // of the transfer under way
+  uint64_t chunk;  // of the pair, the next that is staged
   uint64_t bytes;  // of the transfer under way, once known
   uint64_t chunks; // of the job that may be taken
   int32_t isDirect;
+  int32_t polls; // for the transfer's mark
 };
 
 } // namespace ultraep
@@ -55,10 +58,10 @@ struct kernelP2pState {
   int32_t failed; // ultraepResult_t
   uint32_t left;  // blocks that have finished
   uint32_t lanesOver;
+  uint64_t runs;                                                       // kernels that have ended
   uint32_t nWarpJobs;                                                  // open jobs that warps may take from
   uint64_t sent[KERNEL_P2P_MAX_RANKS], received[KERNEL_P2P_MAX_RANKS]; // transfers that are over
   uint64_t sentChunks[KERNEL_P2P_MAX_RANKS], receivedChunks[KERNEL_P2P_MAX_RANKS];
-  ultraep::P2pLaneState lanes[ultraep::kP2pMaxLanes];
   ultraep::P2pJob jobs[ultraep::kP2pMaxLanes];
   kernelP2pMap_t maps[KERNEL_P2P_MAX_RANKS][KERNEL_P2P_SLOTS]; // what was seen of the host's
 };

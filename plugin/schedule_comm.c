@@ -35,8 +35,12 @@ struct scheduleComm {
   kernelP2pFailure_t *failure;
   scheduleShare_t *share;
   pthread_mutex_t lock; /* of launching */
-  cudaEvent_t last;     /* after the last launch */
-  bool hasLaunched;
+  /* Order of launches: while all are on one stream and none is captured, that stream's own; nothing but their
+   * number is kept. From the first one that is not, each waits for an event and records it. */
+  void *only;
+  uint64_t launched;
+  bool usesEvents;
+  cudaEvent_t last;
   commGroup_t groups[COMM_GROUPS];
   /* [room] to sort a group in */
   kernelP2pOp_t *sorted;
@@ -297,11 +301,20 @@ static commGroup_t *comm_place(scheduleComm_t *comm, bool captured) {
 }
 
 static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
-  if (!comm->hasLaunched) return cudaSuccess;
+  if (!comm->usesEvents) {
+    if (!captured && (comm->launched == 0 || comm->only == (void *)stream)) return cudaSuccess;
+    comm->usesEvents = true;
+    if (comm->launched == 0) return cudaSuccess;
+    cudaError_t error = (cudaError_t)kernelP2pAwait(&comm->p2p, comm->launched, comm->self->stream);
+    if (error == cudaSuccess) error = cudaEventRecord(comm->last, comm->self->stream);
+    if (error != cudaSuccess) return error;
+  }
   return cudaStreamWaitEvent(stream, comm->last, captured ? cudaEventWaitExternal : cudaEventWaitDefault);
 }
 static cudaError_t comm_record(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
-  comm->hasLaunched = true;
+  comm->only = stream;
+  comm->launched++;
+  if (!comm->usesEvents) return cudaSuccess;
   return cudaEventRecordWithFlags(comm->last, stream,
                                   captured ? cudaEventRecordExternal : cudaEventRecordDefault);
 }
@@ -387,13 +400,20 @@ int schedule_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
 
 /* ---- ending ---- */
 
-/* Waits for the last launch; false if it does not end in time. */
+/* Waits for the last launch, ms or (below 0) for ever; false if it does not end in time. */
 static bool comm_wait(scheduleComm_t *comm, int64_t ms) {
   int64_t end = nccl_now_ms() + ms;
+  cudaError_t state = cudaSuccess;
 
-  while (comm->hasLaunched && cudaEventQuery(comm->last) == cudaErrorNotReady) {
+  if (comm->launched == 0) return true;
+  if (comm->usesEvents)
+    state = cudaStreamWaitEvent(comm->self->stream, comm->last, 0);
+  else
+    state = (cudaError_t)kernelP2pAwait(&comm->p2p, comm->launched, comm->self->stream);
+  while (state == cudaSuccess && (state = cudaStreamQuery(comm->self->stream)) == cudaErrorNotReady) {
     if (ms >= 0 && nccl_now_ms() > end) return false;
     nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+    state = cudaSuccess;
   }
   return true;
 }

@@ -240,7 +240,7 @@ static void whole_work(rank_t *self) {
     meet();
     switch (self->round) {
     case 0:
-      CALL(self, p2p_all_to_all(self->send, self->recv, count, TYPE_INT8, self->comm, self->streams[0]));
+      CALL(self, p2p_alltoall(self->send, self->recv, count, TYPE_INT8, self->comm, self->streams[0]));
       break;
     case 1:
       CALL(self, p2p_gather(self->send, self->recv, count, TYPE_INT8, 1, self->comm, self->streams[0]));
