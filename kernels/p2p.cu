@@ -113,8 +113,6 @@ cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, co
     small = small && group.ops[i].bytes <= p->geometry.eagerBytes;
     bytes += group.ops[i].bytes;
   }
-  // Sends to this rank itself are direct, whatever their size.
-  for (int i = 0; i < group.nLanes; i++) small = small && group.lanes[i].peer != p->rank;
   int forLanes = (group.nLanes + kP2pWarps - kP2pMovers - 1) / (kP2pWarps - kP2pMovers);
   if (small) return launch<kP2pSmall, kInline>(p, layout, group, std::max(1, forLanes), stream);
   int64_t forBytes = int64_t(bytes / kP2pLeastChunk) + 1;

@@ -197,7 +197,7 @@ struct P2pLane {
       if (number() >= KERNEL_P2P_RING &&
           seeSystem(c.taken(c.p.rank, lane.peer)) <= number() - KERNEL_P2P_RING)
         return false;
-      if (x.bytes <= eager() && lane.peer != c.p.rank) return sendEager(x);
+      if (x.bytes <= eager()) return sendEager(x);
       __syncwarp();
       if (isFirst()) state.step = kP2pAwaitPeer;
       __syncwarp();
@@ -225,7 +225,7 @@ struct P2pLane {
   // A small receive need not be posted: a sender waits for that only if its own size is large, and so
   // another.
   __device__ bool recvBegin(const kernelP2pOp_t &x) const {
-    if (x.bytes > eager() || lane.peer == c.p.rank) post(x);
+    if (x.bytes > eager()) post(x);
     __syncwarp();
     if (isFirst()) state.step = kP2pAwaitPeer;
     __syncwarp();

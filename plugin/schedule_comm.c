@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <time.h>
 
 enum {
@@ -72,6 +73,13 @@ int schedule_comm_error(const scheduleComm_t *comm) {
   default:
     return P2P_NCCL_REMOTE_ERROR;
   }
+}
+
+/* Where NCCL's own log says so much: that a communicator is scheduled, and what came of it. */
+static bool comm_logs(void) {
+  const char *level = getenv("NCCL_DEBUG");
+
+  return level && (strcasecmp(level, "INFO") == 0 || strcasecmp(level, "TRACE") == 0);
 }
 
 /* ---- making ---- */
@@ -243,6 +251,9 @@ static void *comm_open(void *handle) {
     result = comm_make(handle, &made);
     if (before >= 0) (void)cudaSetDevice(before);
   }
+  if (result == ultraepSuccess && comm_logs())
+    settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks", handle,
+                  made->self->rank, made->self->nRanks, made->p2p.nBlocks);
   if (result == ultraepSuccess)
     schedule_add_comm(handle, made);
   else
@@ -432,6 +443,9 @@ void schedule_comm_ends(const void *handle, bool abort) {
   } else {
     comm->self->isStuck = true; /* a kernel may still use the memory */
   }
+  if (comm_logs())
+    settings_warn("communicator %p, rank %d of %d: %llu scheduled groups were launched", handle,
+                  comm->self->rank, comm->self->nRanks, (unsigned long long)comm->launched);
   comm_free(comm);
   if (before >= 0) (void)cudaSetDevice(before);
 }

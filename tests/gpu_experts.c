@@ -136,9 +136,6 @@ static const char *gate_rank(gpuWorld_t *world, int rank, void *argument) {
   gpuExpertRank_t self;
   RANK_DO(gpu_experts_make(world, x, rank, &self));
   RANK_OK(ultraepGroupPlanner(self.device.side.group, &gatePlanners[rank]));
-  for (int i = 0; i < 3; i++) RANK_DO(gpu_experts_forward(x, &self.device, 0, world->streams[rank]));
-  RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
-  RANK_OK(ultraepGroupStatus(self.device.side.group, NULL));
   RANK_MEET(world);
   return gpu_experts_free(world, &self);
 }
