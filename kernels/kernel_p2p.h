@@ -49,10 +49,15 @@ extern "C" {
 #define KERNEL_P2P_RING 16       /* transfers of a pair that can be under way */
 #define KERNEL_P2P_SLOTS 256     /* allocations that a rank can share with its peers at a time */
 #define KERNEL_P2P_NO_SLOT 0xffffffffu
+#define KERNEL_P2P_MARK_BITS 28
+#define KERNEL_P2P_MOST_EAGER ((1u << (KERNEL_P2P_MARK_BITS - 2)) - 1)
 
 typedef struct {
-  uint64_t bytes;  /* of the send */
-  uint64_t number; /* (transfer number + 1) << 1, plus 1 when direct; written last */
+  uint64_t bytes; /* of the send, unless it is in the word */
+  /* (transfer number + 1) << KERNEL_P2P_MARK_BITS, plus 1 when direct; or, of at most eagerBytes, plus 2 and
+   * bytes
+   * << 2: such a transfer is in its stage. Written last. */
+  uint64_t number;
 } kernelP2pMark_t;
 
 typedef struct {
@@ -88,7 +93,7 @@ typedef struct kernelP2pState kernelP2pState_t; /* device memory, all zero at fi
 typedef struct {
   int32_t nRanks, nStages; /* stages of an ordered pair */
   uint64_t stageBytes;     /* a multiple of 1024 */
-  uint64_t eagerBytes;     /* at most stageBytes */
+  uint64_t eagerBytes;     /* at most stageBytes and KERNEL_P2P_MOST_EAGER */
 } kernelP2pGeometry_t;
 
 /* A rank's view; given to kernels by value. */

@@ -23,6 +23,8 @@ struct P2pLane {
       state = {};
       state.number = (lane.isRecv ? c.s.received : c.s.sent)[lane.peer];
       state.chunk = (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer];
+      state.room = c.s.room[lane.peer];
+      state.over = c.s.over[lane.peer];
     }
     __syncwarp();
   }
@@ -131,21 +133,36 @@ struct P2pLane {
     if (!isFirst()) return;
     kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
     *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = bytes;
-    storeReleaseSystem(&mark->number, (number() + 1) << 1 | uint64_t(isDirect));
+    storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | uint64_t(isDirect));
   }
 
   // ---- sending ----
 
+  // Whether the next chunk has a free stage; looks at all stages at once, so not every time.
+  __device__ bool hasRoom() const {
+    if (state.chunk < state.room) return true;
+    uint64_t mine = state.chunk + threadIdx.x % kWarp;
+    bool free = mine < state.chunk + c.stages() && isFree(mine);
+    unsigned taken = ~__ballot_sync(kFullWarp, free);
+    int n = taken ? __ffs(taken) - 1 : kWarp;
+    __syncwarp(); // what lanes have acquired, all have
+    if (isFirst() && n > 0) state.room = state.chunk + uint64_t(n);
+    __syncwarp();
+    return n > 0;
+  }
   // The mark alone says that the stage is filled.
   __device__ bool sendEager(const kernelP2pOp_t &x) const {
     uint64_t chunk = state.chunk;
-    if (x.bytes > 0 && chunk >= c.stages() &&
-        seeSystem(c.freed(c.p.rank, lane.peer, chunk)) <= chunk - c.stages())
-      return false;
-    if (x.bytes > 0)
+    if (x.bytes > 0) {
+      if (!hasRoom()) return false;
       copyByWarp(c.stage(lane.peer, c.p.rank, chunk), reinterpret_cast<const char *>(x.address), x.bytes);
-    raiseMark(x.bytes, false);
-    if (isFirst() && x.bytes > 0) state.chunk = chunk + 1;
+    }
+    __syncwarp();
+    if (isFirst()) {
+      kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
+      storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | x.bytes << 2 | 2);
+      if (x.bytes > 0) state.chunk = chunk + 1;
+    }
     return over();
   }
   __device__ char *mapped(const kernelP2pPost_t &post) const {
@@ -194,9 +211,12 @@ struct P2pLane {
     kernelP2pOp_t x = op();
     switch (state.step) {
     case kP2pBegin:
-      if (number() >= KERNEL_P2P_RING &&
-          seeSystem(c.taken(c.p.rank, lane.peer)) <= number() - KERNEL_P2P_RING)
-        return false;
+      if (number() >= state.over + KERNEL_P2P_RING) {
+        uint64_t over = seeSystem(c.taken(c.p.rank, lane.peer));
+        if (isFirst()) state.over = over;
+        __syncwarp();
+        if (number() >= over + KERNEL_P2P_RING) return false;
+      }
       if (x.bytes <= eager()) return sendEager(x);
       __syncwarp();
       if (isFirst()) state.step = kP2pAwaitPeer;
@@ -250,14 +270,16 @@ struct P2pLane {
   __device__ bool recvMarked(const kernelP2pOp_t &x) const {
     const kernelP2pMark_t *at = c.mark(c.p.rank, lane.peer, number());
     uint64_t word = seeSystem(&at->number);
-    if (word >> 1 != number() + 1) {
+    if (word >> KERNEL_P2P_MARK_BITS != number() + 1) {
       postLate(x);
       return false;
     }
-    uint64_t sent = *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
+    bool isEager = word & 2;
+    uint64_t sent = isEager ? (word >> 2) & KERNEL_P2P_MOST_EAGER
+                            : *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
     if (sent != x.bytes && isFirst()) c.tellSizes(lane.peer, sent, x.bytes);
     if (word & 1) return received();
-    uint64_t bytes = sent <= eager() ? sent : min(sent, x.bytes); // that come
+    uint64_t bytes = isEager ? sent : min(sent, x.bytes); // that come
     if (bytes == 0) return received();
     if (bytes > stageBytes()) {
       open(kP2pStagedRecv, reinterpret_cast<char *>(x.address), nullptr, bytes, state.chunk);
@@ -267,7 +289,7 @@ struct P2pLane {
     if (isFirst()) {
       state.bytes = min(bytes, x.bytes);
       state.step = kP2pAwaitStage;
-      state.isDirect = sent <= eager(); // it is there already
+      state.isDirect = isEager; // it is there already
     }
     __syncwarp();
     return recvStage(x);
@@ -318,6 +340,10 @@ struct P2pLane {
     if (!isFirst()) return;
     (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] = state.number;
     (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer] = state.chunk;
+    if (!lane.isRecv) {
+      c.s.room[lane.peer] = state.room;
+      c.s.over[lane.peer] = state.over;
+    }
     if (alone) return;
     __threadfence();
     atomicAdd(&c.s.lanesOver, 1u);

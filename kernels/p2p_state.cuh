@@ -48,6 +48,8 @@ struct P2pLaneState {
   uint64_t chunk;  // of the pair, the next that is staged
   uint64_t bytes;  // of the transfer under way, once known
   uint64_t chunks; // of the job that may be taken
+  uint64_t room;   // sends: chunks below this have had a free stage
+  uint64_t over;   // sends: transfers that the receiver was seen to be done with
   int32_t isDirect;
   int32_t polls; // for the transfer's mark
 };
@@ -62,6 +64,7 @@ struct kernelP2pState {
   uint32_t nWarpJobs;                                                  // open jobs that warps may take from
   uint64_t sent[KERNEL_P2P_MAX_RANKS], received[KERNEL_P2P_MAX_RANKS]; // transfers that are over
   uint64_t sentChunks[KERNEL_P2P_MAX_RANKS], receivedChunks[KERNEL_P2P_MAX_RANKS];
+  uint64_t room[KERNEL_P2P_MAX_RANKS], over[KERNEL_P2P_MAX_RANKS]; // as in P2pLaneState
   ultraep::P2pJob jobs[ultraep::kP2pMaxLanes];
   kernelP2pMap_t maps[KERNEL_P2P_MAX_RANKS][KERNEL_P2P_SLOTS]; // what was seen of the host's
 };

@@ -202,6 +202,7 @@ static ultraepResult_t comm_make(void *handle, scheduleComm_t **made) {
                                         .eagerBytes = (uint64_t)settings->p2pEagerKb * 1024};
   if (mine.geometry.eagerBytes > mine.geometry.stageBytes)
     mine.geometry.eagerBytes = mine.geometry.stageBytes;
+  if (mine.geometry.eagerBytes > KERNEL_P2P_MOST_EAGER) mine.geometry.eagerBytes = KERNEL_P2P_MOST_EAGER;
   result = comm->self->nRanks < 2 || comm->self->nRanks > KERNEL_P2P_MAX_RANKS
                ? error_set(ultraepInvalidUsage, "%d ranks", comm->self->nRanks)
                : comm_prepare(comm, &mine.geometry);
