@@ -18,6 +18,7 @@ enum {
 
 typedef struct {
   int32_t p2p;           /* SETTINGS_P2P_OFF or SETTINGS_P2P_OBSERVE */
+  int32_t peers;         /* ultraepPeers_t */
   int32_t windowSeconds; /* of the traffic record */
   bool help;
   /* "": not written. %h, %p and %% stand for host, process id and %: settings_path_expand. */
