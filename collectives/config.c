@@ -221,6 +221,7 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks) {
       {"dispatchMode", config->dispatchMode, ULTRAEP_DISPATCH_AUTO, ULTRAEP_DISPATCH_ONCE},
       {"combineMode", config->combineMode, ULTRAEP_COMBINE_EXACT, ULTRAEP_COMBINE_PARTIAL},
       {"gradsMode", config->gradsMode, ULTRAEP_GRADS_ORDERED, ULTRAEP_GRADS_UNORDERED},
+      {"peers", config->peers, ULTRAEP_PEERS_AUTO, ULTRAEP_PEERS_IPC},
       {"maxRoutes", config->maxRoutes, 1, CONFIG_MAX_ROUTES},
       {"maxCtas", config->maxCtas, 0, 65535},
       {"timeoutMs", config->timeoutMs, 1, 3600000},
@@ -255,11 +256,38 @@ const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b
   DIFFERS(dispatchMode);
   DIFFERS(combineMode);
   DIFFERS(gradsMode);
+  DIFFERS(peers);
   DIFFERS(maxRoutes);
   DIFFERS(maxCtas);
   DIFFERS(timeoutMs);
   DIFFERS(version);
 #undef DIFFERS
+  return NULL;
+}
+
+bool config_peers_read(const char *text, int32_t *peers) {
+  static const char *const words[] = {CONFIG_PEERS_WORDS};
+  return config_read_word(words, sizeof(words) / sizeof(words[0]), text, peers);
+}
+
+const char *config_peers_choose(const configPeers_t *ranks, int nRanks, int32_t *peers, int *rank) {
+  int wishing = -1, without = -1;
+  for (int r = 0; r < nRanks; r++) {
+    *rank = r;
+    if (without < 0 && !ranks[r].hasWindows) without = r;
+    if (ranks[r].wish == ULTRAEP_PEERS_AUTO) continue;
+    if (wishing >= 0 && ranks[r].wish != ranks[wishing].wish)
+      return "windows and IPC are both wished for by config.peers or ULTRAEP_PEERS, the second time";
+    wishing = r;
+  }
+  int32_t chosen = wishing >= 0   ? ranks[wishing].wish
+                   : without >= 0 ? ULTRAEP_PEERS_IPC
+                                  : ULTRAEP_PEERS_WINDOW;
+  *rank = without;
+  if (chosen == ULTRAEP_PEERS_WINDOW && without >= 0)
+    return "windows are wished for by config.peers or ULTRAEP_PEERS, and NCCL has none (they need NCCL 2.29 "
+           "or later)";
+  *peers = chosen;
   return NULL;
 }
 

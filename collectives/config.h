@@ -6,6 +6,7 @@
 #include "ultraep.h"
 
 #include <stdbool.h>
+#include <string.h>
 
 #define CONFIG_MIN_ROW_BYTES 16
 #define CONFIG_MAX_ROW_BYTES (1 << 20)
@@ -19,6 +20,30 @@
 ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks);
 /* The first field in which two configs differ, or null. */
 const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b);
+/* The number of the word that the text is; false, and *value left alone, if it is none. */
+static inline bool config_read_word(const char *const *words, size_t n, const char *text, int32_t *value) {
+  for (size_t i = 0; i < n && words[i]; i++)
+    if (strcmp(text, words[i]) == 0) {
+      *value = (int32_t)i;
+      return true;
+    }
+  return false;
+}
+
+/* ULTRAEP_PEERS in the environment; by ultraepPeers_t. */
+#define CONFIG_PEERS_VARIABLE "ULTRAEP_PEERS"
+#define CONFIG_PEERS_WORDS "auto", "window", "ipc"
+bool config_peers_read(const char *text, int32_t *peers);
+
+/* What a rank says of its peers' memory: its config's wish, or its environment's. */
+typedef struct {
+  int32_t wish; /* ultraepPeers_t */
+  int32_t hasWindows;
+} configPeers_t;
+/* The way that all ranks go, alike on all: sets *peers to ULTRAEP_PEERS_WINDOW or _IPC and returns null, or
+ * returns what is wrong, found at *rank. */
+const char *config_peers_choose(const configPeers_t *ranks, int nRanks, int32_t *peers, int *rank);
+
 /* For a checked config: what the planner is asked. nDomainRanks is what the backend found or the config says.
  * The gate is that of the config alone: nothing measured, nothing registered. */
 ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks, int nDomainRanks);

@@ -3,13 +3,16 @@
  *   nccl_symbols.c   NCCL's functions, found at run time
  *   nccl_call.c      those that wait for other ranks, bounded
  *   nccl_group.c     create, agree, status, abort, destroy
- *   nccl_memory.c    symmetric regions
+ *   nccl_memory.c    symmetric regions, over one of two ways to the peers:
+ *   nccl_window.c      NCCL's windows
+ *   nccl_ipc.c         CUDA IPC: mappings of our own
  *   nccl_exchange.c  routes, dispatch, combine: parameters for the kernels
  *   nccl_experts.c   replicas' weights and gradients
  *
  * Several ranks may be threads of one process on one GPU. Then a call that waits for the whole device can
  * wait for a peer's kernel that waits for this rank; so nothing here synchronises the device, memory is
- * stream-ordered, and pinned memory and kernels are had before the first meeting of the ranks.
+ * stream-ordered or (symmetric regions) cuMem's, and pinned memory and kernels are had before the first
+ * meeting of the ranks.
  *
  * The kernels do all waiting on peers. They tell a failure through host memory mapped to the device
  * (kernelFailure_t), so that no call here waits to learn of it. */
@@ -20,20 +23,51 @@
 #include "group.h"
 #include "kernels.h"
 #include "nccl_symbols.h"
+#include "peer_memory.h"
+#include "peer_socket.h"
 
 #include <cuda_runtime_api.h>
 
-/* Symmetric memory of one region, as NCCL knows it. */
+/* Symmetric memory of one region. */
 typedef struct {
   void *base;
-  ncclWindow_t window;
-  char **peers;       /* [R] on the host */
-  char **devicePeers; /* [R] on the device */
+  size_t bytes;
+  char **peers;            /* [R] on the host */
+  char **devicePeers;      /* [R] on the device */
+  ncclWindow_t window;     /* with windows */
+  peerMapping_t *mappings; /* [R] with IPC; this rank's own is none */
+  bool isLent;             /* with IPC: base must outlive the peers' mappings */
 } ncclRegion_t;
 
-/* The NCCL part of a group. */
+struct ncclRank;
+
+/* A way to the peers' memory. */
 typedef struct {
+  size_t alignment; /* of callers' memory */
+  /* Whether callers' memory must lie at the same offset of its allocation on every rank. */
+  bool needsOffsets;
+  /* Whether an owner may free memory only after all have closed the region. */
+  bool meetsToFree;
+  /* Memory that it can open. */
+  ultraepResult_t (*alloc)(struct ncclRank *self, size_t bytes, void **ptr);
+  void (*release)(struct ncclRank *self, void *ptr);
+  /* Collective, of region->base and bytes: fills region->peers. A rank that fails still meets the others, or
+   * they give up after the timeout. Afterwards the caller has all ranks agree on the outcome. */
+  ultraepResult_t (*open)(struct ncclRank *self, ncclRegion_t *region);
+  /* Undoes open, whole or half done, once or twice. */
+  void (*close)(struct ncclRank *self, ncclRegion_t *region);
+} ncclPeers_t;
+extern const ncclPeers_t ncclPeersWindow, ncclPeersIpc;
+
+/* The NCCL part of a group. */
+typedef struct ncclRank {
   const ncclSymbols_t *nccl;
+  const ncclPeers_t *peers; /* as agreed; null before */
+  peerSocket_t socket;      /* IPC: from the first region on */
+  uint64_t nOpened;         /* IPC: regions opened so far, which tells messages apart */
+  int nLent;                /* IPC: regions that are lent */
+  bool isAbandoned;         /* peers may still be using this rank's memory: it is not freed */
+
   ncclComm_t comm;
   int rank, nRanks, device, timeoutMs;
   cudaStream_t stream; /* for what is not on a caller's stream: agreement, aborts */
@@ -99,6 +133,8 @@ ultraepResult_t nccl_stream_wait(ncclRank_t *self, const char *phase);
 /* A rank without a group: what it needs to meet the communicator's other ranks, and for regions. The current
  * device is the communicator's. */
 ultraepResult_t nccl_rank_open(ncclComm_t comm, int timeoutMs, ncclRank_t **rank);
+/* Collective, before the first region: the way to the peers' memory, by ULTRAEP_PEERS. */
+ultraepResult_t nccl_rank_choose_peers(ncclRank_t *self);
 void nccl_rank_close(ncclRank_t *rank);
 /* Collective: gives every rank's message (bytes <= NCCL_AGREE_BYTES) to all, in order of rank; messages holds
  * R * bytes. Waits at most the group's timeout for each of its two steps. */
@@ -106,8 +142,8 @@ void nccl_rank_close(ncclRank_t *rank);
 ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase);
 
-/* Collective: allocates (ptr null) or takes memory, registers it and finds the peers' pointers. `zero` clears
- * it before any peer can reach it. */
+/* Collective: allocates (ptr null) or takes memory and finds the peers' pointers. `zero` clears it before any
+ * peer can reach it. All ranks have the region afterwards, or none. */
 ultraepResult_t nccl_region_open(ncclRank_t *self, void *ptr, size_t bytes, bool zero, ncclRegion_t *region);
 void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned);
 

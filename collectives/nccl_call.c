@@ -55,7 +55,8 @@ static void *call_thread(void *argument) {
   (void)cudaSetDevice(call->device);
   int result = call->run(call->nccl, call->comm, call->argument);
   /* A communicator that does not block may have said success before it is done. */
-  while ((result == 0 || result == NCCL_IN_PROGRESS) && !call_is_abandoned(call)) {
+  while (call->nccl->CommGetAsyncError && (result == 0 || result == NCCL_IN_PROGRESS) &&
+         !call_is_abandoned(call)) {
     int status = call->nccl->CommGetAsyncError(call->comm, &result);
     if (status != 0) result = status;
     if (result != NCCL_IN_PROGRESS) break;

@@ -3,6 +3,7 @@
 
 #include "config.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +11,13 @@
 
 #define NCCL_DEFAULT_BLOCKS 16         /* SMs a kernel uses unless the config says otherwise */
 #define GROUP_REFUSAL_TIMEOUT_MS 30000 /* for telling the others of a config whose own timeout is unknown */
+
+static pthread_once_t groupPeersOnce = PTHREAD_ONCE_INIT;
+
+static void group_warn_peers(void) {
+  fprintf(stderr, "ultraep: %s=%.200s does not fit (auto|window|ipc); the default auto is used\n",
+          CONFIG_PEERS_VARIABLE, getenv(CONFIG_PEERS_VARIABLE));
+}
 
 static const char *const ncclPhases[] = {"", "route", "dispatch", "combine", "memory", "weights", "grads"};
 
@@ -96,17 +104,41 @@ ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, s
 
 typedef struct {
   int32_t result, reserved; /* what this rank has met so far */
+  configPeers_t peers;
   ultraepConfig_t config;
 } groupOffer_t;
 _Static_assert(sizeof(groupOffer_t) <= NCCL_AGREE_BYTES, "an offer is one message");
 
-/* Every rank can go on, and with the same config; a rank that cannot is not waited for later. */
+/* What this rank says of its peers' memory: what it is told to, else the environment. */
+static configPeers_t group_peers(const ncclRank_t *self, int32_t wish) {
+  configPeers_t peers = {.wish = wish, .hasWindows = self->nccl->hasWindows};
+  const char *text = getenv(CONFIG_PEERS_VARIABLE);
+  if (peers.wish == ULTRAEP_PEERS_AUTO && text && text[0] && !config_peers_read(text, &peers.wish))
+    (void)pthread_once(&groupPeersOnce, group_warn_peers);
+  return peers;
+}
+
+/* The way to the peers, alike on all ranks. */
+static ultraepResult_t group_choose_peers(ncclRank_t *self, const configPeers_t *ranks, int32_t *peers) {
+  int rank = 0;
+  const char *flaw = config_peers_choose(ranks, self->nRanks, peers, &rank);
+  if (flaw) return error_set(ultraepInvalidUsage, "create: rank %d: %s", rank, flaw);
+  self->peers = *peers == ULTRAEP_PEERS_WINDOW ? &ncclPeersWindow : &ncclPeersIpc;
+  return ultraepSuccess;
+}
+
+/* Every rank can go on, and with the same config; a rank that cannot is not waited for later. Sets *peers to
+ * the way that they go, and *isFree if nobody wished for it. */
 static ultraepResult_t group_agree_config(ncclRank_t *self, const ultraepConfig_t *config,
-                                          ultraepResult_t own) {
+                                          ultraepResult_t own, int32_t *peers, bool *isFree) {
   groupOffer_t mine = {.result = (int32_t)own}, *all = calloc((size_t)self->nRanks, sizeof(*all));
-  if (own == ultraepSuccess) mine.config = *config;
-  ultraepResult_t result = all ? nccl_agree(self, &mine, all, sizeof(mine), "create")
-                               : error_set(ultraepSystemError, "no memory for a group");
+  configPeers_t *ranks = calloc((size_t)self->nRanks, sizeof(*ranks));
+  if (own == ultraepSuccess) {
+    mine.config = *config;
+    mine.peers = group_peers(self, config->peers);
+  }
+  ultraepResult_t result = all && ranks ? nccl_agree(self, &mine, all, sizeof(mine), "create")
+                                        : error_set(ultraepSystemError, "no memory for a group");
   if (own != ultraepSuccess) result = own;
   for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) {
     const char *field = all[r].result == 0 ? config_difference(&all[0].config, &all[r].config) : NULL;
@@ -116,6 +148,11 @@ static ultraepResult_t group_agree_config(ncclRank_t *self, const ultraepConfig_
     else if (field)
       result = error_set(ultraepInvalidArgument, "config.%s differs between ranks 0 and %d", field, r);
   }
+  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) ranks[r] = all[r].peers;
+  if (result == ultraepSuccess) result = group_choose_peers(self, ranks, peers);
+  *isFree = result == ultraepSuccess;
+  for (int r = 0; r < self->nRanks && *isFree; r++) *isFree = all[r].peers.wish == ULTRAEP_PEERS_AUTO;
+  free(ranks);
   free(all);
   return result;
 }
@@ -238,6 +275,7 @@ static void group_release(ncclRank_t *self) {
     if (self->stream) (void)cudaStreamSynchronize(self->stream);
     (void)cudaFreeHost(self->pinned);
   }
+  peer_socket_close(&self->socket);
   if (self->work) (void)cudaEventDestroy(self->work);
   if (self->stream && !self->isStuck) (void)cudaStreamDestroy(self->stream);
   free(self->regions);
@@ -286,6 +324,7 @@ static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, co
 ultraepResult_t nccl_rank_open(ncclComm_t comm, int timeoutMs, ncclRank_t **rank) {
   ncclRank_t *self = calloc(1, sizeof(*self));
   if (!self) return error_set(ultraepSystemError, "no memory for a rank");
+  self->socket = PEER_SOCKET_NONE;
   ultraepResult_t result = group_look_at_comm(comm, self);
   self->timeoutMs = timeoutMs;
   if (result == ultraepSuccess) result = group_make_meeting(self, 1);
@@ -296,14 +335,40 @@ ultraepResult_t nccl_rank_open(ncclComm_t comm, int timeoutMs, ncclRank_t **rank
   return result;
 }
 
+ultraepResult_t nccl_rank_choose_peers(ncclRank_t *self) {
+  configPeers_t mine = group_peers(self, ULTRAEP_PEERS_AUTO),
+                *all = calloc((size_t)self->nRanks, sizeof(*all));
+  int32_t peers = ULTRAEP_PEERS_AUTO;
+  ultraepResult_t result = all ? nccl_agree(self, &mine, all, sizeof(mine), "create")
+                               : error_set(ultraepSystemError, "no memory for a rank");
+  if (result == ultraepSuccess) result = group_choose_peers(self, all, &peers);
+  free(all);
+  return result;
+}
+
 void nccl_rank_close(ncclRank_t *rank) {
   group_release(rank);
+}
+
+/* NCCL may have windows and this communicator none, which shows when the first is opened: then, if nobody
+ * asked for windows, it is IPC. */
+static ultraepResult_t group_open_window(ultraepGroup_t group, bool isFree) {
+  ncclRank_t *self = nccl_rank(group);
+  ultraepResult_t result = nccl_region_open(self, NULL, self->windowBytes, true, &self->window);
+  if (result == ultraepSuccess || self->isStuck || !isFree || self->peers == &ncclPeersIpc) return result;
+  /* Every rank has failed, and comes here. */
+  self->peers = &ncclPeersIpc;
+  group->config.peers = ULTRAEP_PEERS_IPC;
+  return nccl_region_open(self, NULL, self->windowBytes, true, &self->window);
 }
 
 ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const ultraepConfig_t *config) {
   ncclRank_t *self = calloc(1, sizeof(*self));
   if (!self) return error_set(ultraepSystemError, "no memory for a group");
+  self->socket = PEER_SOCKET_NONE;
   ultraepGroup_t made = NULL;
+  int32_t peers = ULTRAEP_PEERS_AUTO;
+  bool isFree = false;
   ultraepResult_t result = group_look_at_comm(comm, self);
   if (result != ultraepSuccess) goto free_self;
   ultraepResult_t own = config_check(config, self->nRanks);
@@ -311,9 +376,10 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   result = group_make_meeting(self, own == ultraepSuccess ? config->maxRoutes : 1);
   if (result != ultraepSuccess) goto free_self;
   if (own == ultraepSuccess) own = group_prepare(&made, self, config);
-  result = group_agree_config(self, config, own);
+  result = group_agree_config(self, config, own, &peers, &isFree);
   if (result != ultraepSuccess || !made) goto free_group;
-  result = nccl_region_open(self, NULL, self->windowBytes, true, &self->window);
+  made->config.peers = peers;
+  result = group_open_window(made, isFree);
   if (result != ultraepSuccess) goto free_group;
   self->kernel.windows = self->window.devicePeers;
   made->windowBytes = (int64_t)self->windowBytes;
@@ -384,6 +450,26 @@ static void group_abort(ultraepGroup_t group) {
   group_tell(self, self->failMarkOffset, (uint64_t)ultraepRemoteError << 32 | (uint32_t)(self->rank + 1));
 }
 
+/* Whether every other rank has said within the timeout that it leaves. */
+static bool group_wait_gone(ncclRank_t *self) {
+  int64_t deadline = nccl_now_ms() + self->timeoutMs;
+  size_t bytes = (size_t)self->nRanks * sizeof(uint64_t);
+  const char *flags = (const char *)self->window.base + (size_t)KERNEL_FLAG_GONE * bytes;
+  uint64_t *seen = calloc((size_t)self->nRanks, sizeof(*seen));
+  bool areGone = false;
+  while (seen && !areGone) {
+    cudaError_t error = cudaMemcpyAsync(seen, flags, bytes, cudaMemcpyDeviceToHost, self->stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+    if (error != cudaSuccess) break;
+    areGone = true;
+    for (int r = 0; r < self->nRanks; r++) areGone = areGone && (r == self->rank || seen[r] != 0);
+    if (!areGone && nccl_now_ms() > deadline) break;
+    if (!areGone) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+  }
+  free(seen);
+  return areGone;
+}
+
 /* Kernels of this rank end within the timeout; peers that wait for this rank afterwards learn that it has
  * left. */
 static void group_destroy(ultraepGroup_t group) {
@@ -391,6 +477,8 @@ static void group_destroy(ultraepGroup_t group) {
   (void)nccl_work_wait(self);
   group_tell(self, ((size_t)KERNEL_FLAG_GONE * (size_t)self->nRanks + (size_t)self->rank) * sizeof(uint64_t),
              1);
+  /* What was lent must outlive its use by others: better not freed than too soon. */
+  if (self->nLent > 0) self->isAbandoned = self->isStuck || !group_wait_gone(self);
   for (int i = 0; i < group->nRegions; i++) {
     if (!group->regions[i].base) continue;
     nccl_region_close(self, &self->regions[i], group->regions[i].owned);

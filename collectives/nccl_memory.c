@@ -1,113 +1,90 @@
-/* Symmetric memory from NCCL: windows, and every rank's memory as seen from this one. */
+/* Symmetric regions: this rank's memory and every other rank's as seen from here, whichever way they are
+ * reached (ncclPeers_t). */
 #include "nccl_backend.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-static ultraepResult_t region_find_peers(const ncclRank_t *self, ncclRegion_t *region) {
-  for (int r = 0; r < self->nRanks; r++) {
-    void *peer = NULL;
-    int result = self->nccl->GetPeerDevicePointer(region->window, 0, r, &peer);
-    if (result != 0) return nccl_nccl_error(self, result, "ncclGetPeerDevicePointer");
-    if (!peer)
-      return error_set(
-          ultraepInvalidUsage,
-          "rank %d cannot reach rank %d's memory: all ranks of a group must be in one NVLink domain",
-          self->rank, r);
-    region->peers[r] = peer;
+/* Where a caller's memory begins in its allocation. 0 where the driver does not tell. */
+static uint64_t region_offset(const void *ptr) {
+  uint64_t base, bytes, bufferId;
+  if (!ptr || peer_memory_look(ptr, &base, &bytes, &bufferId) != ultraepSuccess) return 0;
+  return (uint64_t)(uintptr_t)ptr - base;
+}
+
+/* This rank's part, before any peer is asked: memory, tables. Leaves in *made what it has got. */
+static ultraepResult_t region_prepare(ncclRank_t *self, bool zero, ncclRegion_t *made) {
+  if (!made->base) {
+    ultraepResult_t result = self->peers->alloc(self, made->bytes, &made->base);
+    if (result != ultraepSuccess) return result;
   }
-  cudaError_t error =
-      cudaMemcpyAsync(region->devicePeers, region->peers, (size_t)self->nRanks * sizeof(char *),
-                      cudaMemcpyHostToDevice, self->stream);
+  made->peers = calloc((size_t)self->nRanks, sizeof(*made->peers));
+  if (!made->peers) return error_set(ultraepSystemError, "no memory for a region");
+  made->devicePeers = nccl_device_alloc(self, (size_t)self->nRanks * sizeof(char *), "a region's table");
+  if (!made->devicePeers) return ultraepUnhandledCudaError;
+  if (!zero) return ultraepSuccess;
+  cudaError_t error = cudaMemsetAsync(made->base, 0, made->bytes, self->stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
-  return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, "cudaMemcpy");
+  return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, "clearing a region");
 }
 
 typedef struct {
-  void *base;
-  size_t bytes;
-  ncclWindow_t window; /* out */
-} regionWindow_t;
+  uint64_t bytes, result, offset;
+} regionOffer_t;
 
-static int region_register(const ncclSymbols_t *nccl, ncclComm_t comm, void *argument) {
-  regionWindow_t *x = argument;
-  return nccl->CommWindowRegister(comm, x->base, x->bytes, &x->window, NCCL_WINDOW_SYMMETRIC);
+/* All ranks or none go on, and with the same region. */
+static ultraepResult_t region_agree(ncclRank_t *self, ultraepResult_t own, uint64_t bytes, uint64_t offset) {
+  regionOffer_t mine = {bytes, (uint64_t)own, offset}, *all = calloc((size_t)self->nRanks, sizeof(mine));
+  ultraepResult_t agreed = all ? nccl_agree(self, &mine, all, sizeof(mine), "memory")
+                               : error_set(ultraepSystemError, "no memory for a region");
+  ultraepResult_t result = own == ultraepSuccess ? agreed : own;
+  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) {
+    if (all[r].result != 0)
+      result = error_set(ultraepRemoteError, "memory: rank %d could not allocate", r);
+    else if (all[r].bytes != bytes)
+      result = error_set(ultraepInvalidUsage, "memory: rank %d asks for %llu bytes, rank %d for %llu", r,
+                         (unsigned long long)all[r].bytes, self->rank, (unsigned long long)bytes);
+    else if (all[r].offset != offset)
+      result = error_set(ultraepInvalidUsage,
+                         "memory: rank %d's memory begins %llu bytes into its allocation, rank %d's %llu", r,
+                         (unsigned long long)all[r].offset, self->rank, (unsigned long long)offset);
+  }
+  free(all);
+  return result;
 }
 
-/* Where a caller's memory begins in its allocation: NCCL wants that alike on all ranks. 0 where the driver
- * does not tell. */
-static uint64_t region_offset(void *ptr) {
-#if CUDART_VERSION >= 12050
-  void *function = NULL;
-  unsigned long long base = 0;
-  size_t bytes = 0;
-  enum cudaDriverEntryPointQueryResult found;
-  if (!ptr || cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &function, 12000, cudaEnableDefault,
-                                               &found) != cudaSuccess)
-    return 0;
-  int (*range)(unsigned long long *, size_t *, unsigned long long) = NULL;
-  memcpy(&range, &function, sizeof(range));
-  if (!range || range(&base, &bytes, (unsigned long long)(uintptr_t)ptr) != 0) return 0;
-  return (uint64_t)(uintptr_t)ptr - base;
-#else
-  (void)ptr;
-  return 0;
-#endif
+/* The peers' pointers, to the device too. All ranks have theirs, or the call fails on all. */
+static ultraepResult_t region_reach(ncclRank_t *self, ncclRegion_t *made) {
+  ultraepResult_t own = self->peers->open(self, made);
+  if (self->isStuck) return own;
+  if (own == ultraepSuccess) {
+    cudaError_t error = cudaMemcpyAsync(made->devicePeers, made->peers, (size_t)self->nRanks * sizeof(char *),
+                                        cudaMemcpyHostToDevice, self->stream);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+    if (error != cudaSuccess) own = nccl_cuda_error(error, "cudaMemcpy");
+  }
+  int32_t mine = (int32_t)own, *all = calloc((size_t)self->nRanks, sizeof(mine));
+  ultraepResult_t agreed = all ? nccl_agree(self, &mine, all, sizeof(mine), "memory")
+                               : error_set(ultraepSystemError, "no memory for a region");
+  ultraepResult_t result = own == ultraepSuccess ? agreed : own;
+  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++)
+    if (all[r] != ultraepSuccess)
+      result = error_set(ultraepRemoteError, "memory: rank %d cannot reach all other ranks' memory: %s", r,
+                         ultraepGetErrorString((ultraepResult_t)all[r]));
+  free(all);
+  return result;
 }
 
 ultraepResult_t nccl_region_open(ncclRank_t *self, void *ptr, size_t bytes, bool zero, ncclRegion_t *region) {
-  ncclRegion_t made = {.base = ptr};
-  ultraepResult_t result = ultraepSuccess;
-  int status = ptr ? 0 : self->nccl->MemAlloc(&made.base, bytes);
-  if (status != 0)
-    result = error_set(ultraepSystemError, "no device memory: %zu bytes asked for (ncclMemAlloc: %s)", bytes,
-                       self->nccl->GetErrorString(status));
-  made.peers = calloc((size_t)self->nRanks, sizeof(*made.peers));
-  if (result == ultraepSuccess && !made.peers)
-    result = error_set(ultraepSystemError, "no memory for a region");
+  ncclRegion_t made = {.base = ptr, .bytes = bytes};
+  ultraepResult_t own = region_prepare(self, zero, &made);
+  uint64_t offset = self->peers->needsOffsets ? region_offset(ptr) : 0;
+  ultraepResult_t result = region_agree(self, own, bytes, offset);
+  if (result == ultraepSuccess) result = region_reach(self, &made);
   if (result == ultraepSuccess) {
-    made.devicePeers = nccl_device_alloc(self, (size_t)self->nRanks * sizeof(char *), "a region's table");
-    if (!made.devicePeers) result = ultraepUnhandledCudaError;
+    *region = made;
+    return ultraepSuccess;
   }
-  if (result == ultraepSuccess && zero) {
-    cudaError_t error = cudaMemsetAsync(made.base, 0, bytes, self->stream);
-    if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
-    if (error != cudaSuccess) result = nccl_cuda_error(error, "clearing a region");
-  }
-
-  /* All ranks or none go on to the registration, which waits for all. */
-  uint64_t mine[3] = {bytes, (uint64_t)result, region_offset(ptr)},
-           *all = calloc((size_t)self->nRanks, sizeof(mine));
-  ultraepResult_t agreed = all ? nccl_agree(self, mine, all, sizeof(mine), "memory")
-                               : error_set(ultraepSystemError, "no memory for a region");
-  for (int r = 0; r < self->nRanks && agreed == ultraepSuccess && result == ultraepSuccess; r++) {
-    const uint64_t *theirs = all + 3 * r;
-    if (theirs[1] != 0)
-      result = error_set(ultraepRemoteError, "memory: rank %d could not allocate", r);
-    else if (theirs[0] != bytes)
-      result = error_set(ultraepInvalidUsage, "memory: rank %d asks for %llu bytes, rank %d for %zu", r,
-                         (unsigned long long)theirs[0], self->rank, bytes);
-    else if (theirs[2] != mine[2])
-      result = error_set(ultraepInvalidUsage,
-                         "memory: rank %d's memory begins %llu bytes into its allocation, rank %d's %llu", r,
-                         (unsigned long long)theirs[2], self->rank, (unsigned long long)mine[2]);
-  }
-  free(all);
-  if (result == ultraepSuccess) result = agreed;
-  if (result != ultraepSuccess) goto close_region;
-
-  regionWindow_t window = {made.base, bytes, NULL};
-  result = nccl_call(self, region_register, &window, sizeof(window), "ncclCommWindowRegister");
-  made.window = window.window;
-  if (result == ultraepSuccess && !made.window)
-    result = error_set(ultraepInvalidUsage, "NCCL gave no window: this communicator has no symmetric memory "
-                                            "(cuMem and peer access between all its GPUs are needed)");
-  if (result == ultraepSuccess) result = region_find_peers(self, &made);
-  if (result != ultraepSuccess) goto close_region;
-  *region = made;
-  return ultraepSuccess;
-
-close_region:
   if (!self->isStuck)
     nccl_region_close(self, &made, !ptr);
   else
@@ -116,18 +93,20 @@ close_region:
 }
 
 void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned) {
-  if (region->window) (void)self->nccl->CommWindowDeregister(self->comm, region->window);
-  if (owned && region->base) (void)self->nccl->MemFree(region->base);
+  if (region->base) self->peers->close(self, region);
+  if (owned && region->base && !self->isAbandoned) self->peers->release(self, region->base);
   nccl_device_free(self, region->devicePeers);
   free(region->peers);
+  self->nLent -= region->isLent;
   *region = (ncclRegion_t){0};
 }
 
 ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, size_t bytes) {
   ncclRank_t *self = nccl_rank(group);
-  if ((uintptr_t)ptr % NCCL_WINDOW_ALIGNMENT != 0)
-    return error_set(ultraepInvalidArgument, "ptr = %p is not aligned to %d bytes, as NCCL's windows must be",
-                     ptr, NCCL_WINDOW_ALIGNMENT);
+  if ((uintptr_t)ptr % self->peers->alignment != 0)
+    return error_set(ultraepInvalidArgument,
+                     "ptr = %p is not aligned to %zu bytes, as NCCL's windows must be", ptr,
+                     self->peers->alignment);
   if (number >= self->nRegions) {
     ncclRegion_t *regions = realloc(self->regions, ((size_t)number + 1) * sizeof(*regions));
     if (!regions) return error_set(ultraepSystemError, "no memory for the table of regions");
@@ -158,6 +137,10 @@ ultraepResult_t nccl_mem_destroy(ultraepGroup_t group, int number) {
     if (all[r] != mine)
       result = error_set(ultraepInvalidUsage, "ultraepMemFree: rank %d frees another region than rank %d", r,
                          self->rank);
+  if (result == ultraepSuccess && self->peers->meetsToFree) {
+    self->peers->close(self, &self->regions[number]);
+    result = nccl_agree(self, &mine, all, sizeof(mine), "memory");
+  }
   free(all);
   if (result != ultraepSuccess) return result;
   nccl_region_close(self, &self->regions[number], region->owned);

@@ -19,25 +19,32 @@ static void symbols_load(void) {
   const struct {
     const char *name;
     void **slot;
+    enum { SYMBOL_NEEDED, SYMBOL_OPTIONAL, SYMBOL_WINDOW } use;
   } wanted[] = {
-      {"ncclGetVersion", (void **)&ncclSymbols.GetVersion},
-      {"ncclGetErrorString", (void **)&ncclSymbols.GetErrorString},
-      {"ncclCommCount", (void **)&ncclSymbols.CommCount},
-      {"ncclCommUserRank", (void **)&ncclSymbols.CommUserRank},
-      {"ncclCommCuDevice", (void **)&ncclSymbols.CommCuDevice},
-      {"ncclMemAlloc", (void **)&ncclSymbols.MemAlloc},
-      {"ncclMemFree", (void **)&ncclSymbols.MemFree},
-      {"ncclCommWindowRegister", (void **)&ncclSymbols.CommWindowRegister},
-      {"ncclCommWindowDeregister", (void **)&ncclSymbols.CommWindowDeregister},
-      {"ncclGetPeerDevicePointer", (void **)&ncclSymbols.GetPeerDevicePointer},
-      {"ncclCommGetAsyncError", (void **)&ncclSymbols.CommGetAsyncError},
-      {"ncclAllGather", (void **)&ncclSymbols.AllGather},
+      {"ncclGetVersion", (void **)&ncclSymbols.GetVersion, SYMBOL_NEEDED},
+      {"ncclGetErrorString", (void **)&ncclSymbols.GetErrorString, SYMBOL_NEEDED},
+      {"ncclCommCount", (void **)&ncclSymbols.CommCount, SYMBOL_NEEDED},
+      {"ncclCommUserRank", (void **)&ncclSymbols.CommUserRank, SYMBOL_NEEDED},
+      {"ncclCommCuDevice", (void **)&ncclSymbols.CommCuDevice, SYMBOL_NEEDED},
+      {"ncclAllGather", (void **)&ncclSymbols.AllGather, SYMBOL_NEEDED},
+      {"ncclCommGetAsyncError", (void **)&ncclSymbols.CommGetAsyncError, SYMBOL_OPTIONAL},
+      {"ncclMemAlloc", (void **)&ncclSymbols.MemAlloc, SYMBOL_WINDOW},
+      {"ncclMemFree", (void **)&ncclSymbols.MemFree, SYMBOL_WINDOW},
+      {"ncclCommWindowRegister", (void **)&ncclSymbols.CommWindowRegister, SYMBOL_WINDOW},
+      {"ncclCommWindowDeregister", (void **)&ncclSymbols.CommWindowDeregister, SYMBOL_WINDOW},
+      {"ncclGetPeerDevicePointer", (void **)&ncclSymbols.GetPeerDevicePointer, SYMBOL_WINDOW},
   };
   void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_NOLOAD);
+  int version = 0;
+  bool hasWindows = true;
   for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]) && !ncclMissing; i++) {
     *wanted[i].slot = symbols_look_up(library, wanted[i].name);
-    if (!*wanted[i].slot) ncclMissing = wanted[i].name;
+    if (*wanted[i].slot) continue;
+    if (wanted[i].use == SYMBOL_NEEDED) ncclMissing = wanted[i].name;
+    if (wanted[i].use == SYMBOL_WINDOW) hasWindows = false;
   }
+  if (ncclMissing || ncclSymbols.GetVersion(&version) != 0) return;
+  ncclSymbols.hasWindows = hasWindows && version >= NCCL_WINDOW_VERSION;
 }
 
 ultraepResult_t nccl_symbols_find(const ncclSymbols_t **symbols) {
@@ -46,7 +53,7 @@ ultraepResult_t nccl_symbols_find(const ncclSymbols_t **symbols) {
   if (ncclMissing) {
     int version = 0;
     (void)ncclSymbols.GetVersion(&version);
-    return error_set(ultraepInvalidUsage, "NCCL %d has no %s: groups need NCCL 2.29 or later", version,
+    return error_set(ultraepInvalidUsage, "NCCL %d has no %s: groups need NCCL 2.19 or later", version,
                      ncclMissing);
   }
   *symbols = &ncclSymbols;

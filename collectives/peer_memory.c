@@ -347,18 +347,34 @@ static ultraepResult_t map_ipc(const peerMemoryName_t *name, int device, CUdevic
   return status == CUDA_SUCCESS ? ultraepSuccess : map_out_of_reach("cuIpcOpenMemHandle", status);
 }
 
+/* A reference to the memory behind a name: this process's own, or imported. */
+static ultraepResult_t map_refer(const peerMemoryName_t *name, int fd, CUmemGenericAllocationHandle *memory) {
+  CUmemFabricHandle fabric;
+  CUresult status;
+  if (peer_memory_is_mine(name)) {
+    if (!peer_memory_is_alive(name))
+      return error_set(ultraepInvalidUsage, "another rank's memory was freed before it was mapped");
+    status = driver.MemRetainAllocationHandle(memory, (void *)(uintptr_t)name->base);
+    return status == CUDA_SUCCESS ? ultraepSuccess : driver_error(status, "cuMemRetainAllocationHandle");
+  }
+  if (name->kind == PEER_MEMORY_FD) {
+    if (fd < 0) return error_set(ultraepInternalError, "peers' memory: no file descriptor to map");
+    status = driver.MemImportFromShareableHandle(memory, (void *)(uintptr_t)fd,
+                                                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  } else {
+    memcpy(&fabric, name->handle, sizeof(fabric));
+    status = driver.MemImportFromShareableHandle(memory, &fabric, CU_MEM_HANDLE_TYPE_FABRIC);
+  }
+  return status == CUDA_SUCCESS ? ultraepSuccess : map_out_of_reach("cuMemImportFromShareableHandle", status);
+}
+
 /* The mapping keeps the memory; the handle is not needed for that. */
 static ultraepResult_t map_cumem(const peerMemoryName_t *name, int fd, int device, CUdeviceptr *base) {
   CUmemGenericAllocationHandle memory;
-  CUmemFabricHandle fabric;
   CUdeviceptr made = 0;
-  bool isFd = name->kind == PEER_MEMORY_FD;
-  memcpy(&fabric, name->handle, sizeof(fabric));
-  if (isFd && fd < 0) return error_set(ultraepInternalError, "peers' memory: no file descriptor to map");
-  CUresult status = isFd ? driver.MemImportFromShareableHandle(&memory, (void *)(uintptr_t)fd,
-                                                               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)
-                         : driver.MemImportFromShareableHandle(&memory, &fabric, CU_MEM_HANDLE_TYPE_FABRIC);
-  if (status != CUDA_SUCCESS) return map_out_of_reach("cuMemImportFromShareableHandle", status);
+  ultraepResult_t result = map_refer(name, fd, &memory);
+  if (result != ultraepSuccess) return result;
+  CUresult status;
   const char *how = "cuMemAddressReserve";
   status = driver.MemAddressReserve(&made, name->bytes, 0, 0, 0);
   if (status != CUDA_SUCCESS) goto release_memory;
@@ -381,12 +397,11 @@ release_memory:
   return map_out_of_reach(how, status);
 }
 
-ultraepResult_t peer_memory_map(const peerMemoryName_t *name, int fd, int device, peerMapping_t *mapping) {
+static ultraepResult_t map_as(uint32_t kind, const peerMemoryName_t *name, int fd, int device,
+                              peerMapping_t *mapping) {
   ultraepResult_t result = driver_find();
   if (result != ultraepSuccess) return result;
   CUdeviceptr base = name->base;
-  uint32_t kind = name->kind;
-  if (kind != PEER_MEMORY_NONE && peer_memory_is_mine(name)) kind = PEER_MEMORY_PROCESS;
   switch (kind) {
   case PEER_MEMORY_PROCESS:
     result = peer_memory_is_mine(name)
@@ -409,6 +424,18 @@ ultraepResult_t peer_memory_map(const peerMemoryName_t *name, int fd, int device
   *mapping =
       (peerMapping_t){.base = (void *)(uintptr_t)base, .bytes = name->bytes, .kind = kind, .device = device};
   return ultraepSuccess;
+}
+
+ultraepResult_t peer_memory_map(const peerMemoryName_t *name, int fd, int device, peerMapping_t *mapping) {
+  bool isOwn = name->kind != PEER_MEMORY_NONE && peer_memory_is_mine(name);
+  return map_as(isOwn ? PEER_MEMORY_PROCESS : name->kind, name, fd, device, mapping);
+}
+
+ultraepResult_t peer_memory_map_kept(const peerMemoryName_t *name, int fd, int device,
+                                     peerMapping_t *mapping) {
+  /* cudaIpc does not open what its own process made. */
+  if (name->kind == PEER_MEMORY_IPC) return peer_memory_map(name, fd, device, mapping);
+  return map_as(name->kind, name, fd, device, mapping);
 }
 
 void peer_memory_unmap(peerMapping_t *mapping) {
@@ -448,7 +475,7 @@ static CUresult alloc_create(int device, size_t bytes, CUmemGenericAllocationHan
   }
 }
 
-static CUresult alloc_cumem(int device, size_t bytes, CUdeviceptr *base) {
+static CUresult alloc_cumem(int device, size_t bytes, CUdeviceptr *base, size_t *all) {
   CUmemGenericAllocationHandle memory;
   CUdeviceptr made = 0;
   size_t rounded = 0;
@@ -462,6 +489,7 @@ static CUresult alloc_cumem(int device, size_t bytes, CUdeviceptr *base) {
   if (status != CUDA_SUCCESS) goto unmap_memory;
   (void)driver.MemRelease(memory); /* the mapping keeps it */
   *base = made;
+  *all = rounded;
   return CUDA_SUCCESS;
 
 unmap_memory:
@@ -473,6 +501,23 @@ release_memory:
   return status;
 }
 
+static void alloc_free_cumem(CUdeviceptr base, size_t bytes) {
+  (void)driver.MemUnmap(base, bytes);
+  (void)driver.MemAddressFree(base, bytes);
+}
+
+/* Whether handles come out of it, which a sandbox may forbid. */
+static bool alloc_is_shareable(CUdeviceptr base) {
+  CUmemGenericAllocationHandle memory;
+  peerMemoryName_t name = {.kind = PEER_MEMORY_NONE};
+  int fd = -1;
+  if (driver.MemRetainAllocationHandle(&memory, (void *)(uintptr_t)base) != CUDA_SUCCESS) return false;
+  ultraepResult_t result = describe_cumem(memory, &name, &fd);
+  (void)driver.MemRelease(memory);
+  if (fd >= 0) (void)close(fd);
+  return result == ultraepSuccess && name.kind != PEER_MEMORY_NONE;
+}
+
 ultraepResult_t peer_memory_alloc(int device, size_t bytes, void **ptr) {
   CUdeviceptr base = 0;
   int hasCumem = 0, hasFd = 0;
@@ -481,7 +526,12 @@ ultraepResult_t peer_memory_alloc(int device, size_t bytes, void **ptr) {
   (void)driver.DeviceGetAttribute(&hasCumem, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, device);
   (void)driver.DeviceGetAttribute(&hasFd, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
                                   device);
-  CUresult status = hasCumem && hasFd ? alloc_cumem(device, bytes, &base) : CUDA_ERROR_NOT_SUPPORTED;
+  size_t all = 0;
+  CUresult status = hasCumem && hasFd ? alloc_cumem(device, bytes, &base, &all) : CUDA_ERROR_NOT_SUPPORTED;
+  if (status == CUDA_SUCCESS && !alloc_is_shareable(base)) {
+    alloc_free_cumem(base, all);
+    status = CUDA_ERROR_NOT_SUPPORTED;
+  }
   if (status != CUDA_SUCCESS && status != CUDA_ERROR_OUT_OF_MEMORY) {
     status = context_enter(device);
     if (status != CUDA_SUCCESS) return driver_error(status, "a context");
@@ -502,9 +552,8 @@ void peer_memory_free(void *ptr) {
   size_t bytes;
   if (!ptr || memory_look(ptr, &facts, &base, &bytes) != ultraepSuccess) return;
   if (driver.MemRetainAllocationHandle(&memory, ptr) == CUDA_SUCCESS) {
-    (void)driver.MemUnmap(base, bytes);
     (void)driver.MemRelease(memory);
-    (void)driver.MemAddressFree(base, bytes);
+    alloc_free_cumem(base, bytes);
   } else if (context_enter(facts.device) == CUDA_SUCCESS) {
     (void)driver.MemFree(base);
     context_leave(facts.device);

@@ -54,6 +54,11 @@ ultraepResult_t peer_memory_look(const void *ptr, uint64_t *base, uint64_t *byte
  * until every peer has unmapped it: cuMem memory lives on, what cudaMalloc gave does not.
  * ultraepInvalidUsage: it cannot be reached from here. */
 ultraepResult_t peer_memory_map(const peerMemoryName_t *name, int fd, int device, peerMapping_t *mapping);
+/* The same, for memory whose owner may free it at any time: where cuMem memory's owner is this process, it is
+ * mapped once more, so that it lives as long as this mapping. *mapping's kind says what was done:
+ * PEER_MEMORY_IPC and PEER_MEMORY_PROCESS do not outlive the owner's. */
+ultraepResult_t peer_memory_map_kept(const peerMemoryName_t *name, int fd, int device,
+                                     peerMapping_t *mapping);
 void peer_memory_unmap(peerMapping_t *mapping);
 
 /* In the owner: whether this is still the same allocation. */

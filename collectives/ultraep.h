@@ -117,6 +117,20 @@ typedef enum {
   ULTRAEP_GRADS_UNORDERED = 1
 } ultraepGradsMode_t;
 
+/* How ranks reach each other's memory (NCCL backend; the host backend ignores it). Both ways give the same
+ * results; they differ in what ultraepMemRegister takes. */
+typedef enum {
+  /* The environment's ULTRAEP_PEERS (auto, window, ipc) decides; else NCCL's windows where every rank has
+   * them (NCCL 2.29 or later, and a communicator with symmetric memory), else CUDA IPC. Ranks agree: one that
+   * wishes for a way decides for those that do not; contrary wishes are ultraepInvalidUsage on all. */
+  ULTRAEP_PEERS_AUTO = 0,
+  ULTRAEP_PEERS_WINDOW = 1, /* NCCL's symmetric windows; ultraepInvalidUsage where there are none */
+  /* Any NCCL from 2.19 on: memory mapped by the ranks themselves, by file descriptors that travel over unix
+   * sockets (ranks of one machine and one network namespace), by fabric handles where the driver gives them,
+   * or by cudaIpc. */
+  ULTRAEP_PEERS_IPC = 2
+} ultraepPeers_t;
+
 #define ULTRAEP_MAGIC 0x756c6570u /* "ulep" */
 
 #define ULTRAEP_EXPERT_BYTES_REGISTERED (-1) /* config.expertBytes */
@@ -160,10 +174,11 @@ typedef struct {
   int32_t dispatchMode; /* ultraepDispatchMode_t */
   int32_t combineMode;  /* ultraepCombineMode_t */
   int32_t gradsMode;    /* ultraepGradsMode_t */
+  int32_t peers;        /* ultraepPeers_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
   int32_t timeoutMs;    /* how long any wait for another rank may last, 1..3600000 */
-  int32_t reserved[4];  /* 0 */
+  int32_t reserved[3];  /* 0 */
 } ultraepConfig_t;
 
 /* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest
@@ -171,9 +186,9 @@ typedef struct {
 #define ULTRAEP_CONFIG_INITIALIZER                                                                           \
   {                                                                                                          \
     sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0,  \
-        1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, ULTRAEP_GRADS_ORDERED, 1, \
-        0, 30000, {                                                                                          \
-      0, 0, 0, 0                                                                                             \
+        1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, ULTRAEP_GRADS_ORDERED,    \
+        ULTRAEP_PEERS_AUTO, 1, 0, 30000, {                                                                   \
+      0, 0, 0                                                                                                \
     }                                                                                                        \
   }
 
@@ -222,8 +237,9 @@ ULTRAEP_API ultraepResult_t ultraepHostWorldCreate(ultraepHostWorld_t *world, in
 ULTRAEP_API ultraepResult_t ultraepHostWorldDestroy(ultraepHostWorld_t world);
 
 /* ---- groups ---- */
-/* Collective over comm. The group keeps using comm, which must outlive it. This build may lack the NCCL
- * backend: ultraepInvalidUsage, and a message that says what is missing. */
+/* Collective over comm. The group keeps using comm, which must outlive it. All ranks must reach each other's
+ * memory (config.peers), else ultraepInvalidUsage where they do not, ultraepRemoteError elsewhere. This build
+ * may lack the NCCL backend: ultraepInvalidUsage, and a message that says what is missing. */
 ULTRAEP_API ultraepResult_t ultraepGroupCreate(ultraepGroup_t *group, ncclComm_t comm,
                                                const ultraepConfig_t *config);
 /* Collective over the world's ranks; each thread passes its own rank. Several groups may be made from one
@@ -253,9 +269,12 @@ ULTRAEP_API ultraepResult_t ultraepGroupDestroy(ultraepGroup_t group);
  * to 256 bytes and uninitialised. A rank without the memory gets ultraepSystemError, the others
  * ultraepRemoteError, and the group works on. */
 ULTRAEP_API ultraepResult_t ultraepMemAlloc(ultraepGroup_t group, void **ptr, size_t bytes);
-/* Collective: registers the caller's memory (NCCL backend: from ncclMemAlloc, at the same offset of the
- * allocation on every rank), aligned to 16 bytes (NCCL backend: 4096), the same number of bytes on every
- * rank. The caller keeps ownership and must not free it before ultraepMemFree. */
+/* Collective: registers the caller's memory, the same number of bytes on every rank. The caller keeps
+ * ownership and must not free it before ultraepMemFree. Aligned to 16 bytes; on the NCCL backend, what works
+ * with either way to the peers is memory from ncclMemAlloc, aligned to 4096, at the same offset of the
+ * allocation on every rank. With ULTRAEP_PEERS_IPC cudaMalloc's memory will do too, and offsets and alignment
+ * beyond 16 do not matter; it must lie in one allocation, and where the group is destroyed without
+ * ultraepMemFree, cudaMalloc's must be kept until every rank has destroyed it. */
 ULTRAEP_API ultraepResult_t ultraepMemRegister(ultraepGroup_t group, void *ptr, size_t bytes);
 /* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. Layers
  * whose weights lie in it are no longer registered. On a failed group ultraepGroupDestroy does it. */

@@ -213,6 +213,8 @@ static ultraepResult_t comm_make(void *handle, scheduleComm_t **made) {
   /* Whatever this rank has met: the others wait for it here. */
   ultraepResult_t agreed = comm_agree(comm, &mine);
   if (result == ultraepSuccess) result = agreed;
+  if (agreed == ultraepSuccess) agreed = nccl_rank_choose_peers(comm->self);
+  if (result == ultraepSuccess) result = agreed;
   if (result == ultraepSuccess) {
     kernelP2pLayout_t layout;
 

@@ -1,5 +1,7 @@
 #include "settings.h"
 
+#include "config.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -73,6 +75,14 @@ static const setting_t settingsTable[] = {
      .words = {"safe", "all", "off"},
      .help = "receive buffers that peers map and write directly: those in cuMem memory (ncclMemAlloc), which "
              "may be freed while mapped; cudaMalloc's, too; or none"},
+    {.name = CONFIG_PEERS_VARIABLE,
+     .type = SETTING_WORD,
+     .offset = offsetof(settings_t, peers),
+     .byDefault = "auto",
+     .words = {CONFIG_PEERS_WORDS},
+     .help =
+         "how ranks reach each other's memory: by NCCL's windows (NCCL 2.29 or later), by CUDA IPC, or by "
+         "windows where there are any; a group's config may say otherwise"},
     {.name = "ULTRAEP_TRAFFIC_JSON",
      .type = SETTING_PATH,
      .offset = offsetof(settings_t, trafficJson),
@@ -132,16 +142,6 @@ static void settings_range_text(const setting_t *setting, char *text, size_t siz
   }
 }
 
-static bool settings_read_word(const setting_t *setting, const char *text, int32_t *value) {
-  for (int32_t i = 0; i < SETTINGS_WORDS && setting->words[i]; i++) {
-    if (strcmp(text, setting->words[i]) == 0) {
-      *value = i;
-      return true;
-    }
-  }
-  return false;
-}
-
 static bool settings_read_int(const setting_t *setting, const char *text, int32_t *value) {
   char *end;
   long number;
@@ -172,7 +172,7 @@ static bool settings_read(const setting_t *setting, const char *text, settings_t
 
   switch (setting->type) {
   case SETTING_WORD:
-    return settings_read_word(setting, text, field);
+    return config_read_word(setting->words, SETTINGS_WORDS, text, field);
   case SETTING_INT:
     return settings_read_int(setting, text, field);
   case SETTING_SWITCH:

@@ -19,11 +19,12 @@ enum {
 enum { SETTINGS_SHARE_SAFE, SETTINGS_SHARE_ALL, SETTINGS_SHARE_OFF };
 
 typedef struct {
-  int32_t p2p;           /* SETTINGS_P2P_... */
-  int32_t p2pCtas;       /* thread blocks of a scheduled group; 0: NCCL_MAX_CTAS, or 16 */
+  int32_t p2p;     /* SETTINGS_P2P_... */
+  int32_t p2pCtas; /* thread blocks of a scheduled group; 0: NCCL_MAX_CTAS, or 16 */
   int32_t p2pStageKb, p2pStages, p2pEagerKb;
-  int32_t p2pTimeoutMs; /* 0: none */
-  int32_t p2pShare;     /* SETTINGS_SHARE_...: which receive buffers peers map */
+  int32_t p2pTimeoutMs;  /* 0: none */
+  int32_t p2pShare;      /* SETTINGS_SHARE_...: which receive buffers peers map */
+  int32_t peers;         /* ultraepPeers_t */
   int32_t windowSeconds; /* of the traffic record */
   bool help;
   /* "": not written. %h, %p and %% stand for host, process id and %: settings_path_expand. */

@@ -105,6 +105,7 @@ static ultraepConfig_t fuzz_config(fuzzBytes_t *bytes, int nRanks) {
   config.dispatchMode = fuzz_below(bytes, 3);
   config.combineMode = fuzz_below(bytes, 2);
   config.gradsMode = fuzz_below(bytes, 2);
+  config.peers = fuzz_below(bytes, 3);
   config.maxRoutes = 1 + fuzz_below(bytes, 3);
   fuzz_overwrite(bytes, &config, sizeof(config));
   return config;

@@ -84,12 +84,15 @@ static void test_config_ranges(void **state) {
   TRY(dispatchMode, 3, "dispatchMode");
   TRY(combineMode, 2, "combineMode");
   TRY(gradsMode, 2, "gradsMode");
+  TRY(peers, -1, "peers");
+  TRY(peers, 3, "peers");
+  FINE(peers, ULTRAEP_PEERS_IPC);
   TRY(maxRoutes, 0, "maxRoutes");
   TRY(maxRoutes, 4097, "maxRoutes");
   TRY(maxCtas, -1, "maxCtas");
   TRY(timeoutMs, 0, "timeoutMs");
   TRY(timeoutMs, 3600001, "timeoutMs");
-  TRY(reserved[3], 1, "reserved");
+  TRY(reserved[2], 1, "reserved");
 }
 
 static void test_config_cost(void **state) {
@@ -357,10 +360,46 @@ static void test_config_difference(void **state) {
   DIFFERENT(dispatchMode);
   DIFFERENT(combineMode);
   DIFFERENT(gradsMode);
+  DIFFERENT(peers);
   DIFFERENT(maxRoutes);
   DIFFERENT(maxCtas);
   DIFFERENT(timeoutMs);
 #undef DIFFERENT
+}
+
+static void test_config_peers(void **state) {
+  (void)state;
+  int32_t peers = 77;
+  assert_true(config_peers_read("auto", &peers) && peers == ULTRAEP_PEERS_AUTO);
+  assert_true(config_peers_read("window", &peers) && peers == ULTRAEP_PEERS_WINDOW);
+  assert_true(config_peers_read("ipc", &peers) && peers == ULTRAEP_PEERS_IPC);
+  assert_true(!config_peers_read("Ipc", &peers) && !config_peers_read("", &peers) &&
+              peers == ULTRAEP_PEERS_IPC);
+  /* [wish, has windows] of two ranks, and what comes out; -1 an error found at the rank. */
+  const struct {
+    configPeers_t ranks[2];
+    int32_t peers;
+    int rank;
+  } cases[] = {
+      {{{ULTRAEP_PEERS_AUTO, 1}, {ULTRAEP_PEERS_AUTO, 1}}, ULTRAEP_PEERS_WINDOW, 0},
+      {{{ULTRAEP_PEERS_AUTO, 0}, {ULTRAEP_PEERS_AUTO, 0}}, ULTRAEP_PEERS_IPC, 0},
+      {{{ULTRAEP_PEERS_AUTO, 1}, {ULTRAEP_PEERS_AUTO, 0}}, ULTRAEP_PEERS_IPC, 0},
+      {{{ULTRAEP_PEERS_AUTO, 1}, {ULTRAEP_PEERS_IPC, 1}}, ULTRAEP_PEERS_IPC, 0},
+      {{{ULTRAEP_PEERS_IPC, 0}, {ULTRAEP_PEERS_IPC, 1}}, ULTRAEP_PEERS_IPC, 0},
+      {{{ULTRAEP_PEERS_WINDOW, 1}, {ULTRAEP_PEERS_AUTO, 1}}, ULTRAEP_PEERS_WINDOW, 0},
+      {{{ULTRAEP_PEERS_WINDOW, 1}, {ULTRAEP_PEERS_IPC, 1}}, -1, 1},
+      {{{ULTRAEP_PEERS_WINDOW, 1}, {ULTRAEP_PEERS_AUTO, 0}}, -1, 1},
+      {{{ULTRAEP_PEERS_WINDOW, 0}, {ULTRAEP_PEERS_WINDOW, 0}}, -1, 0},
+  };
+  for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+    int rank = 77;
+    peers = 77;
+    const char *flaw = config_peers_choose(cases[i].ranks, 2, &peers, &rank);
+    if (cases[i].peers < 0)
+      assert_true(flaw && peers == 77 && rank == cases[i].rank);
+    else
+      assert_true(!flaw && peers == cases[i].peers);
+  }
 }
 
 int main(void) {
@@ -369,7 +408,7 @@ int main(void) {
       cmocka_unit_test(test_config_cost),       cmocka_unit_test(test_config_gate),
       cmocka_unit_test(test_group_gate),        cmocka_unit_test(test_config_rows),
       cmocka_unit_test(test_gate_limit),        cmocka_unit_test(test_config_dispatch_mode),
-      cmocka_unit_test(test_config_difference),
+      cmocka_unit_test(test_config_difference), cmocka_unit_test(test_config_peers),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

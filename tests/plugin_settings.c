@@ -1,6 +1,8 @@
 /* The table of environment variables: every type, good values and bad ones. */
 #include "settings.h"
 
+#include "ultraep.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -52,6 +54,7 @@ static void load_bad(settings_t *settings, const char *name, const char *text, c
 
 static void check_defaults(const settings_t *settings) {
   assert_int_equal(settings->p2p, SETTINGS_P2P_OBSERVE);
+  assert_int_equal(settings->peers, ULTRAEP_PEERS_AUTO);
   assert_int_equal(settings->windowSeconds, 10);
   assert_false(settings->help);
   assert_string_equal(settings->trafficJson, "");
@@ -62,8 +65,8 @@ static void check_defaults(const settings_t *settings) {
 
 static void test_defaults(void **state) {
   static const char *const names[] = {
-      "ULTRAEP_P2P",  "ULTRAEP_TRAFFIC_JSON",     "ULTRAEP_TRAFFIC_SHARED",  "ULTRAEP_TRAFFIC_PROMETHEUS",
-      "ULTRAEP_HELP", "ULTRAEP_TRAFFIC_WINDOW_S", "ULTRAEP_PROFILER_FORWARD"};
+      "ULTRAEP_P2P",  "ULTRAEP_TRAFFIC_JSON",     "ULTRAEP_TRAFFIC_SHARED",   "ULTRAEP_TRAFFIC_PROMETHEUS",
+      "ULTRAEP_HELP", "ULTRAEP_TRAFFIC_WINDOW_S", "ULTRAEP_PROFILER_FORWARD", "ULTRAEP_PEERS"};
   settings_t settings;
 
   (void)state;
@@ -88,6 +91,23 @@ static void test_words(void **state) {
   assert_int_equal(settings.p2p, SETTINGS_P2P_SCHEDULE);
   for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
     load_bad(&settings, "ULTRAEP_P2P", bad[i], "off|observe|schedule); the default observe is used");
+    check_defaults(&settings);
+  }
+}
+
+static void test_peers(void **state) {
+  static const char *const bad[] = {"windows", "IPC", "ipc ", "0", "auto|ipc"};
+  settings_t settings;
+
+  (void)state;
+  load_good(&settings, "ULTRAEP_PEERS", "window");
+  assert_int_equal(settings.peers, ULTRAEP_PEERS_WINDOW);
+  load_good(&settings, "ULTRAEP_PEERS", "ipc");
+  assert_int_equal(settings.peers, ULTRAEP_PEERS_IPC);
+  load_good(&settings, "ULTRAEP_PEERS", "auto");
+  check_defaults(&settings);
+  for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+    load_bad(&settings, "ULTRAEP_PEERS", bad[i], "auto|window|ipc); the default auto is used");
     check_defaults(&settings);
   }
 }
@@ -194,9 +214,9 @@ static void test_print(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_defaults), cmocka_unit_test(test_words), cmocka_unit_test(test_integers),
-      cmocka_unit_test(test_switches), cmocka_unit_test(test_paths), cmocka_unit_test(test_expand),
-      cmocka_unit_test(test_print),
+      cmocka_unit_test(test_defaults), cmocka_unit_test(test_words),    cmocka_unit_test(test_integers),
+      cmocka_unit_test(test_peers),    cmocka_unit_test(test_switches), cmocka_unit_test(test_paths),
+      cmocka_unit_test(test_expand),   cmocka_unit_test(test_print),
   };
 
   return cmocka_run_group_tests(tests, NULL, NULL);
