@@ -29,7 +29,7 @@ static p2pTest_t test;
 static int nGroups = 70; /* for each number of ranks */
 
 static void test_begin(int nRanks, int nBlocks, uint64_t stageBytes, int nStages, uint64_t eager,
-                      bool portable) {
+                       bool portable) {
   const char *flaw = p2p_world_make(&test.world, nRanks, nBlocks, stageBytes, nStages, eager, portable);
   if (flaw) fail_msg("%s", flaw);
   for (int r = 0; r < nRanks; r++) {
