@@ -199,7 +199,8 @@ static const char *fill_grads(const gpuExperts_t *x, gpuExpertRank_t *rank, cuda
       for (size_t b = 0; b < x->bytes[t]; b += 4) {
         float value = (float)planner_random_below(&rank->random, 1 << 20) / 4096.0f - 128.0f;
         uint32_t bits;
-        if (x->isWhole) value = (float)((int)value / 16);
+        int whole = (int)value / 16;
+        if (x->isWhole) value = (float)whole;
         memcpy(&bits, &value, sizeof(bits));
         if (x->types[t] == ULTRAEP_BFLOAT16)
           bits = bits >> 16 | (x->isWhole ? bits & 0xffff0000u : bits << 9 & 0x3fff0000u); /* two */
