@@ -3,16 +3,11 @@
 #ifndef ULTRAEP_BULK_CUH_
 #define ULTRAEP_BULK_CUH_
 
-#include <cstdint>
-#include <cuda_runtime.h>
+#include "ptx.cuh"
 
 namespace ultraep {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ uint32_t sharedAddress(const void *at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
 
 __device__ __forceinline__ void barrierInit(uint64_t *barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(sharedAddress(barrier)) : "memory");

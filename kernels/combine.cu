@@ -122,9 +122,9 @@ template <typename As, bool kWeighted>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     combineKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                   const __grid_constant__ kernelExchange_t x) {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(16) char combineMemory[];
   if (route.status->code != kSuccess) return; // alike on every rank
-  auto *bases = reinterpret_cast<const char **>(memory);
+  auto *bases = reinterpret_cast<const char **>(combineMemory);
   uint32_t call = g.state->calls + 1;
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
     bases[r] = x.peerRows[r] + x.peerRowsOffset;
@@ -167,8 +167,5 @@ int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   int nBlocks =
       exchange->once ? group->nBlocks : int(std::max<int64_t>(1, std::min<int64_t>(group->nBlocks, wanted)));
   size_t bytes = group->planner.nRanks * sizeof(char *);
-  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
-                       const_cast<kernelExchange_t *>(exchange)};
-  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(kCombineThreads), arguments, bytes,
-                          stream);
+  return launchKernel(kernel, {nBlocks, kCombineThreads, bytes, stream}, *group, *route, *exchange);
 }

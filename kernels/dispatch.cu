@@ -37,8 +37,6 @@ int kernelDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   size_t bytes;
   DispatchShape shape = dispatchShape(*group, *exchange, kDispatchStatic, &bytes);
   auto kernel = group->hasBulk ? dispatchKernel<true> : dispatchKernel<false>;
-  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
-                       const_cast<kernelExchange_t *>(exchange), &shape};
-  return cudaLaunchKernel(kernelAddress(kernel), dim3(dispatchBlocks(*group, *exchange)),
-                          dim3(shape.nWarps * kWarp), arguments, bytes, stream);
+  int nBlocks = dispatchBlocks(*group, *exchange), nThreads = shape.nWarps * kWarp;
+  return launchKernel(kernel, {nBlocks, nThreads, bytes, stream}, *group, *route, *exchange, shape);
 }

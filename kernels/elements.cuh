@@ -2,7 +2,8 @@
 #ifndef ULTRAEP_ELEMENTS_CUH_
 #define ULTRAEP_ELEMENTS_CUH_
 
-#include <cstdint>
+#include "ptx.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -52,27 +53,12 @@ struct AsFloat32 {
 // Adds 16 bytes of numbers to memory of any rank, each sum rounded to its type; nobody waits for it.
 template <typename As> __device__ __forceinline__ void addTo(char *at, const uint4 &v);
 template <> __device__ __forceinline__ void addTo<AsFloat32>(char *at, const uint4 &v) {
-  asm volatile("red.relaxed.sys.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at),
-               "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)), "f"(__uint_as_float(v.z)),
-               "f"(__uint_as_float(v.w))
-               : "memory");
+  addFloat32(at, v);
 }
 template <> __device__ __forceinline__ void addTo<AsBfloat16>(char *at, const uint4 &v) {
-  asm volatile("red.relaxed.sys.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(v.x),
-               "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
+  addBfloat16(at, v);
 }
 #endif
-
-// 16 bytes that this SM reads once.
-__device__ __forceinline__ uint4 loadRow(const char *at) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at)
-               : "memory");
-  return v;
-}
 
 } // namespace ultraep
 

@@ -315,9 +315,6 @@ int kernelGradsLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
   int64_t tiles = int64_t(experts->nGradTiles) * std::max(1, mostChains(group->planner));
   int64_t warps = kGradsThreads / kWarp;
   int nBlocks = int(std::min<int64_t>(group->nBlocks, (tiles + warps - 1) / warps));
-  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
-                       const_cast<kernelExperts_t *>(experts)};
   auto kernel = experts->isUnordered && group->hasBulk ? gradsKernel<false> : gradsKernel<true>;
-  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(kGradsThreads), arguments, bytes,
-                          stream);
+  return launchKernel(kernel, {nBlocks, kGradsThreads, bytes, stream}, *group, *route, *experts);
 }

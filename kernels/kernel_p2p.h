@@ -85,6 +85,7 @@ typedef struct {
                   * smaller number of bytes has been copied, and all other transfers went on */
   int32_t abort; /* set by the host: every kernel ends */
   int32_t reserved;
+  uint64_t nEnded; /* kernels that the last kernelP2pAwait has seen end */
 } kernelP2pFailure_t;
 
 typedef struct kernelP2pState kernelP2pState_t; /* device memory, all zero at first */
@@ -142,8 +143,9 @@ int kernelP2pFits(int32_t nLanes, int32_t nOps); /* 1: lanes and ops may lie in 
 /* Loads the kernels for the current device (see kernelsLoad). */
 int kernelP2pLoad(void);
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream);
-/* Makes the stream wait until that many kernels of this rank have ended since its state was made, or an
- * abort: an order between streams that costs nothing where it is not needed. */
+/* Makes the stream wait until that many kernels of this rank have ended since its state was made: an order
+ * between streams that costs nothing where it is not needed. After an abort it waits some seconds at most, as
+ * a kernel may be one that never begins: failure->nEnded says whether all have ended. */
 int kernelP2pAwait(const kernelP2p_t *p2p, uint64_t runs, cudaStream_t stream);
 /* Tells every peer that this rank leaves. */
 int kernelP2pLeave(const kernelP2p_t *p2p, cudaStream_t stream);

@@ -2,7 +2,8 @@
 #ifndef ULTRAEP_LOAD_CUH_
 #define ULTRAEP_LOAD_CUH_
 
-#include <cuda_runtime.h>
+#include "launch.cuh"
+
 #include <initializer_list>
 
 namespace ultraep {
@@ -28,10 +29,6 @@ inline cudaError_t loadKernels(std::initializer_list<const void *> kernels) {
                                    limit - int(attributes.sharedSizeBytes));
   }
   return error;
-}
-
-template <typename Kernel> const void *kernelAddress(Kernel *kernel) {
-  return reinterpret_cast<const void *>(kernel);
 }
 
 } // namespace ultraep

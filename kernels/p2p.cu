@@ -29,8 +29,7 @@ __device__ inline void leaveP2p(const P2pContext &c) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   uint32_t before = 0;
-  if (gridDim.x > 1)
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(&c.s.left) : "memory");
+  if (gridDim.x > 1) before = addAcquireReleaseDevice(&c.s.left, 1);
   if (before != gridDim.x - 1) return;
   c.s.left = 0;
   if (!c.hasFailed()) c.s.lanesOver = 0;
@@ -76,11 +75,18 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
   leaveP2p(c);
 }
 
+constexpr uint64_t kP2pAbortNs = 4000000000; // within which a kernel that runs has seen an abort
+
 __global__ void awaitKernel(const __grid_constant__ kernelP2p_t p, uint64_t runs) {
-  while (loadAcquireDevice64(&p.state->runs) < runs) {
-    if (*reinterpret_cast<const volatile int32_t *>(&p.failure->abort) != 0) return;
+  uint64_t ended, aborted = 0;
+  while ((ended = loadAcquireDevice64(&p.state->runs)) < runs) {
+    if (*reinterpret_cast<const volatile int32_t *>(&p.failure->abort) != 0) {
+      if (aborted == 0) aborted = nowNs();
+      if (nowNs() - aborted > kP2pAbortNs) break;
+    }
     __nanosleep(500);
   }
+  *reinterpret_cast<volatile uint64_t *>(&p.failure->nEnded) = ended;
 }
 
 __global__ void leaveKernel(const __grid_constant__ kernelP2p_t p,
@@ -100,8 +106,8 @@ cudaError_t launch(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const 
   uint32_t nStages =
       std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
   size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pStageRoom) : 0;
-  p2pKernel<kForm, kInline><<<nBlocks, kP2pThreads, bytes, stream>>>(*p, layout, group, own);
-  return cudaGetLastError();
+  return launchKernel(p2pKernel<kForm, kInline>, {nBlocks, kP2pThreads, bytes, stream}, *p, layout, group,
+                      own);
 }
 
 template <bool kInline>
@@ -167,14 +173,12 @@ int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaS
 }
 
 int kernelP2pAwait(const kernelP2p_t *p2p, uint64_t runs, cudaStream_t stream) {
-  ultraep::awaitKernel<<<1, 1, 0, stream>>>(*p2p, runs);
-  return cudaGetLastError();
+  return ultraep::launchKernel(ultraep::awaitKernel, {1, 1, 0, stream}, *p2p, runs);
 }
 
 int kernelP2pLeave(const kernelP2p_t *p2p, cudaStream_t stream) {
   using namespace ultraep;
   kernelP2pLayout_t layout;
   kernelP2pLayout(&p2p->geometry, &layout);
-  leaveKernel<<<1, 128, 0, stream>>>(*p2p, layout);
-  return cudaGetLastError();
+  return launchKernel(leaveKernel, {1, KERNEL_P2P_MAX_RANKS, 0, stream}, *p2p, layout);
 }

@@ -112,12 +112,12 @@ __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
 // ---- by bulk copies: a warp takes chunks, a thread of another loads their tiles, one of a third stores them
 // ----
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr int kP2pMostStages = 13;
 constexpr uint32_t kP2pLine = 128; // bytes that memory moves at once
 constexpr uint32_t kP2pStageRoom = kP2pTile + kP2pLine;
 constexpr uint32_t kP2pAhead = 2; // chunks taken before they are loaded
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct P2pTile {
   char *to;
   uint32_t bytes;
@@ -138,15 +138,6 @@ struct P2pPipe {
   uint32_t isLoadedAll;          // nLoaded is the last
 };
 
-__device__ __forceinline__ uint32_t loadShared(const uint32_t *at) {
-  uint32_t value;
-  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(sharedAddress(at)) : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeShared(uint32_t *at, uint32_t value) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(sharedAddress(at)), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
   return *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes) || c.hasFailed();
 }
@@ -155,7 +146,7 @@ __device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
 __device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
   uint32_t taken = 0;
   while (!__any_sync(kFullWarp, isKernelOver(c))) {
-    if (__any_sync(kFullWarp, taken - loadShared(&pipe.nBegun) >= kP2pAhead)) {
+    if (__any_sync(kFullWarp, taken - loadAcquireBlock(&pipe.nBegun) >= kP2pAhead)) {
       __nanosleep(50);
       continue;
     }
@@ -166,11 +157,11 @@ __device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
     }
     if (threadIdx.x % kWarp == 0) {
       pipe.chunk[taken % kP2pAhead] = chunk;
-      storeShared(&pipe.nTaken, taken + 1);
+      storeReleaseBlock(&pipe.nTaken, taken + 1);
     }
     taken++;
   }
-  if (threadIdx.x % kWarp == 0) storeShared(&pipe.isTakenAll, 1);
+  if (threadIdx.x % kWarp == 0) storeReleaseBlock(&pipe.isTakenAll, 1);
 }
 
 // Tiles end where lines of the destination do, and are loaded from where a line of the source begins: what
@@ -182,14 +173,14 @@ __device__ inline void loadChunk(const P2pChunk &chunk, P2pPipe &pipe, char *buf
     uint32_t lead = uint32_t(reinterpret_cast<uintptr_t>(chunk.from + at) % kP2pLine);
     uint32_t bytes = uint32_t(min(chunk.bytes - at, uint64_t(kP2pTile - beyond)));
     if (lead > chunk.before + at) lead = 0;
-    while (loaded - loadShared(&pipe.nFreed) >= nStages) {
+    while (loaded - loadAcquireBlock(&pipe.nFreed) >= nStages) {
     }
     uint32_t stage = loaded % nStages;
     bool isLast = at + bytes == chunk.bytes;
     pipe.tile[stage] = {chunk.to + at, bytes,           lead,       isLast ? chunk.job : nullptr,
                         chunk.flag,    chunk.flagValue, chunk.bytes};
     bulkLoad(buffers + stage * kP2pStageRoom, chunk.from + at - lead, bytes + lead, &pipe.full[stage]);
-    storeShared(&pipe.nLoaded, loaded + 1);
+    storeReleaseBlock(&pipe.nLoaded, loaded + 1);
     at += bytes;
   }
 }
@@ -198,17 +189,17 @@ __device__ inline void loadChunk(const P2pChunk &chunk, P2pPipe &pipe, char *buf
 __device__ inline void loadChunks(P2pPipe &pipe, char *buffers, uint32_t nStages) {
   uint32_t begun = 0, loaded = 0;
   for (;;) {
-    bool isAll = loadShared(&pipe.isTakenAll);
-    if (begun == loadShared(&pipe.nTaken)) {
+    bool isAll = loadAcquireBlock(&pipe.isTakenAll);
+    if (begun == loadAcquireBlock(&pipe.nTaken)) {
       if (isAll) break;
       continue;
     }
     P2pChunk chunk = pipe.chunk[begun % kP2pAhead];
-    storeShared(&pipe.nBegun, ++begun);
+    storeReleaseBlock(&pipe.nBegun, ++begun);
     bulkFence(); // what a peer wrote, or may read no more, was acquired by ordinary loads
     loadChunk(chunk, pipe, buffers, nStages, loaded);
   }
-  storeShared(&pipe.isLoadedAll, 1);
+  storeReleaseBlock(&pipe.isLoadedAll, 1);
 }
 
 // By one thread. A chunk is told as done when its last store, and so all, have been written; while the next
@@ -217,29 +208,30 @@ __device__ inline void storeTiles(P2pPipe &pipe, const char *buffers, uint32_t n
   P2pTile ended = {}; // the newest store's, if it ends a chunk
   uint32_t stored = 0;
   for (;;) {
-    bool isAll = loadShared(&pipe.isLoadedAll);
+    bool isAll = loadAcquireBlock(&pipe.isLoadedAll);
     uint32_t stage = stored % nStages;
-    bool isHere = stored < loadShared(&pipe.nLoaded) && barrierTest(&pipe.full[stage], stored / nStages & 1);
+    bool isHere =
+        stored < loadAcquireBlock(&pipe.nLoaded) && barrierTest(&pipe.full[stage], stored / nStages & 1);
     if (isHere) {
       P2pTile tile = pipe.tile[stage];
       bulkStore(tile.to, buffers + stage * kP2pStageRoom + tile.lead, tile.bytes);
       bulkCommit();
       bulkWaitRead<1>();
-      storeShared(&pipe.nFreed, stored);
+      storeReleaseBlock(&pipe.nFreed, stored);
       if (ended.job) {
         bulkWaitWritten<1>();
         finishChunk(ended.job, ended.flag, ended.flagValue, ended.chunkBytes);
       }
       ended = tile;
       stored++;
-    } else if (stored > loadShared(&pipe.nFreed)) {
+    } else if (stored > loadAcquireBlock(&pipe.nFreed)) {
       bulkWaitRead<0>();
-      storeShared(&pipe.nFreed, stored);
+      storeReleaseBlock(&pipe.nFreed, stored);
     } else if (ended.job) {
       bulkWaitWritten<0>();
       finishChunk(ended.job, ended.flag, ended.flagValue, ended.chunkBytes);
       ended.job = nullptr;
-    } else if (isAll && stored == loadShared(&pipe.nLoaded)) {
+    } else if (isAll && stored == loadAcquireBlock(&pipe.nLoaded)) {
       break;
     }
   }

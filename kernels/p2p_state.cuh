@@ -124,25 +124,6 @@ struct P2pContext {
   }
 };
 
-__device__ __forceinline__ uint64_t loadAcquireDevice64(const void *at) {
-  uint64_t value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeReleaseDevice64(void *at, uint64_t value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-__device__ __forceinline__ void storeRelaxedDevice64(void *at, uint64_t value) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-__device__ __forceinline__ void addReleaseDevice64(void *at, uint64_t value) {
-  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-// After a fence of the storing thread.
-__device__ __forceinline__ void storeRelaxedSystem(uint64_t *at, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-
 // By a warp: what its first thread sees; what that has acquired, all have.
 __device__ __forceinline__ uint64_t seeSystem(const uint64_t *at) {
   uint64_t value = 0;
@@ -179,12 +160,11 @@ __device__ __forceinline__ bool isForWarps(bool byWarps, uint64_t at, uint64_t b
 
 // Bytes left of a job of which something can be taken, as it seems at a look without order; else 0.
 __device__ __forceinline__ uint64_t lookAtJob(const P2pContext &c, const P2pJob &job, bool byWarp) {
-  uint64_t bulk, limit, warps, bytes, staged;
-  uint32_t byWarps;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(bulk), "=l"(limit) : "l"(&job.bulk));
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(warps), "=l"(bytes) : "l"(&job.warps));
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(staged) : "l"(&job.staged));
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(byWarps) : "l"(&job.byWarps));
+  uint64_t bulk, limit, warps, bytes;
+  lookDevice64(&job.bulk, bulk, limit);
+  lookDevice64(&job.warps, warps, bytes);
+  uint64_t staged = lookDevice64(&job.staged);
+  bool byWarps = lookDevice(&job.byWarps);
   uint64_t most = min(limit, bytes), at = (byWarp ? warps : bulk) & kP2pOffsetMask;
   if (at < most) return bytes - at;
   at = staged & kP2pOffsetMask;

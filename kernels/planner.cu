@@ -4,7 +4,9 @@
 
 namespace ultraep {
 
-__global__ void __launch_bounds__(512, 1)
+constexpr int kPlanThreads = 512;
+
+__global__ void __launch_bounds__(kPlanThreads, 1)
     planKernel(const kernelPlanner_t p, const int32_t *__restrict__ loads, kernelPlan_t plan) {
   __shared__ PlanShared shared;
   PlanArrays a;
@@ -27,12 +29,11 @@ __global__ void __launch_bounds__(512, 1)
 int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan,
                      cudaStream_t stream) {
   size_t bytes = ultraep::PlanArrays::bytes(planner->nRanks, planner->nExperts, planner->nSlots);
-  cudaError_t error =
-      cudaFuncSetAttribute(ultraep::planKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  cudaError_t error = cudaFuncSetAttribute(ultraep::kernelAddress(ultraep::planKernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
   if (error != cudaSuccess) return error;
-  void *arguments[] = {const_cast<kernelPlanner_t *>(planner), &loads, &plan};
-  return cudaLaunchKernel(ultraep::kernelAddress(ultraep::planKernel), dim3(1), dim3(512), arguments, bytes,
-                          stream);
+  return ultraep::launchKernel(ultraep::planKernel, {1, ultraep::kPlanThreads, bytes, stream}, *planner,
+                               loads, plan);
 }
 
 int kernelsLoad(void) {

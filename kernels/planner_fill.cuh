@@ -5,6 +5,7 @@
 #define ULTRAEP_PLANNER_FILL_CUH_
 
 #include "kernels.h"
+#include "ptx.cuh"
 #include "warp.cuh"
 
 namespace ultraep {
@@ -50,26 +51,9 @@ struct PlanArrays {
   }
 };
 
-// Addresses within shared memory. Stores that are made or not, without a branch.
+// Addresses within shared memory.
 __device__ __forceinline__ uint32_t planAddress(uint32_t at) {
-  return uint32_t(__cvta_generic_to_shared(planMemory)) + at;
-}
-__device__ __forceinline__ uint32_t loadShared(uint32_t address) {
-  uint32_t value;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeIf(bool condition, uint32_t address, uint32_t value) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.u32 [%1], %2;\n}" ::"r"(uint32_t(condition)),
-      "r"(address), "r"(value)
-      : "memory");
-}
-__device__ __forceinline__ void storeIf(bool condition, uint32_t address, uint32_t low, uint32_t high) {
-  asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %0, 0;\n @p st.shared.v2.u32 [%1], {%2, %3};\n}" ::"r"(
-                   uint32_t(condition)),
-               "r"(address), "r"(low), "r"(high)
-               : "memory");
+  return sharedAddress(planMemory) + at;
 }
 
 // What a fill needs of the config.

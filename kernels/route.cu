@@ -39,8 +39,5 @@ int kernelRouteLaunch(const kernelGroup_t *group, const kernelRoute_t *route, co
   int nBlocks;
   size_t bytes;
   RouteShape shape = routeShape(*group, update->nTokens, &nBlocks, &bytes);
-  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
-                       const_cast<kernelUpdate_t *>(update), &shape};
-  return cudaLaunchKernel(kernelAddress(routeKernel), dim3(nBlocks), dim3(kRouteThreads), arguments, bytes,
-                          stream);
+  return launchKernel(routeKernel, {nBlocks, kRouteThreads, bytes, stream}, *group, *route, *update, shape);
 }

@@ -59,12 +59,6 @@ int kernelRouteDispatchLaunch(const kernelGroup_t *group, const kernelRoute_t *r
   RouteShape route1 = routeShape(*group, update->nTokens, &ignored, &routeBytes);
   DispatchShape shape = dispatchShape(*group, *exchange, kRouteDispatchStatic, &rowBytes);
   auto kernel = group->hasBulk ? routeDispatchKernel<true> : routeDispatchKernel<false>;
-  void *arguments[] = {const_cast<kernelGroup_t *>(group),
-                       const_cast<kernelRoute_t *>(route),
-                       const_cast<kernelUpdate_t *>(update),
-                       const_cast<kernelExchange_t *>(exchange),
-                       &route1,
-                       &shape};
-  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(kRouteThreads), arguments,
-                          std::max(routeBytes, rowBytes), stream);
+  return launchKernel(kernel, {nBlocks, kRouteThreads, std::max(routeBytes, rowBytes), stream}, *group,
+                      *route, *update, *exchange, route1, shape);
 }

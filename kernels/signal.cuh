@@ -7,8 +7,7 @@
 #define ULTRAEP_SIGNAL_CUH_
 
 #include "kernels.h"
-
-#include <cuda_runtime.h>
+#include "ptx.cuh"
 
 namespace ultraep {
 
@@ -21,33 +20,6 @@ enum Code : int32_t {
   kTimeout = 8,
   kCapacityExceeded = 64
 };
-
-__device__ __forceinline__ uint64_t loadAcquireSystem(const uint64_t *at) {
-  uint64_t value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeReleaseSystem(uint64_t *at, uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-__device__ __forceinline__ uint32_t loadAcquireSystem(const uint32_t *at) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeReleaseSystem(uint32_t *at, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
-}
-__device__ __forceinline__ uint32_t loadAcquireDevice(const uint32_t *at) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ uint64_t nowNs() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
-  return ns;
-}
 
 // A flag word of rank `from` in rank `at`'s window.
 __device__ __forceinline__ uint64_t *flagOf(const kernelGroup_t &g, int at, int kind, int from) {
@@ -120,7 +92,7 @@ __device__ inline bool gridBarrier(const kernelGroup_t &g, int at, int32_t phase
   __shared__ bool passed;
   __syncthreads();
   if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&g.state->arrived[at]) : "memory");
+    addReleaseDevice(&g.state->arrived[at], 1);
     uint64_t start = nowNs();
     passed = true;
     for (int polls = 1; loadAcquireDevice(&g.state->arrived[at]) < gridDim.x; polls++) {
@@ -142,12 +114,7 @@ __device__ inline bool lastBlockOut(const kernelGroup_t &g) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-                 : "=r"(before)
-                 : "l"(&g.state->left)
-                 : "memory");
-    last = before == gridDim.x - 1;
+    last = addAcquireReleaseDevice(&g.state->left, 1) == gridDim.x - 1;
   }
   __syncthreads();
   return last;

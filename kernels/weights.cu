@@ -155,19 +155,6 @@ struct Stages {
   uint32_t isWhole; // nTiles is set
 };
 
-__device__ __forceinline__ uint32_t loadAcquireBlock(const uint32_t *shared) {
-  uint32_t value;
-  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
-               : "=r"(value)
-               : "r"(sharedAddress(shared))
-               : "memory");
-  return value;
-}
-__device__ __forceinline__ void storeReleaseBlock(uint32_t *shared, uint32_t value) {
-  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(sharedAddress(shared)), "r"(value)
-               : "memory");
-}
-
 __device__ void loadTiles(const WeightsContext &c, Stages &s, char *buffers, uint32_t nStages,
                           int32_t *window) {
   uint32_t loaded = 0, lane = threadIdx.x % kWarp;
@@ -177,7 +164,8 @@ __device__ void loadTiles(const WeightsContext &c, Stages &s, char *buffers, uin
       int end = ready(i);
       if (end == i) return false;
       for (; i < end; i++, loaded++) {
-        while (loaded - loadAcquireBlock(&s.nFreed) >= nStages) {
+        // Signed: a lane that is behind the others finds more tiles freed than it has counted.
+        while (int32_t(loaded - loadAcquireBlock(&s.nFreed)) >= int32_t(nStages)) {
         }
         if (int(lane) != i) continue;
         uint32_t stage = loaded % nStages;
@@ -315,8 +303,6 @@ int kernelWeightsLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   int64_t wanted = int64_t(experts->nWeightTiles) * std::max(1, mostChains(group->planner));
   int nBlocks = int(std::min<int64_t>(group->nBlocks, wanted));
   auto kernel = bulk ? weightsKernel<true> : weightsKernel<false>;
-  void *arguments[] = {const_cast<kernelGroup_t *>(group), const_cast<kernelRoute_t *>(route),
-                       const_cast<kernelExperts_t *>(experts), &nStages};
-  return cudaLaunchKernel(kernelAddress(kernel), dim3(nBlocks), dim3(bulk ? kBulkThreads : kPortableThreads),
-                          arguments, bytes, stream);
+  return launchKernel(kernel, {nBlocks, bulk ? kBulkThreads : kPortableThreads, bytes, stream}, *group,
+                      *route, *experts, nStages);
 }

@@ -417,6 +417,7 @@ int schedule_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
 /* Waits for the last launch, ms or (below 0) for ever; false if it does not end in time. */
 static bool comm_wait(scheduleComm_t *comm, int64_t ms) {
   int64_t end = nccl_now_ms() + ms;
+  const volatile kernelP2pFailure_t *failure = comm->failure;
   cudaError_t state = cudaSuccess;
 
   if (comm->launched == 0) return true;
@@ -429,7 +430,7 @@ static bool comm_wait(scheduleComm_t *comm, int64_t ms) {
     if (ms >= 0 && nccl_now_ms() > end) return false;
     nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
   }
-  return true;
+  return comm->usesEvents || failure->nEnded >= comm->launched;
 }
 
 void schedule_comm_ends(const void *handle, bool abort) {
