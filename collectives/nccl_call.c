@@ -11,10 +11,11 @@
 #define CALL_ARGUMENT_BYTES 64
 #define CALL_SLICE_MS 5 /* how often an abort is looked for */
 
-typedef struct {
+typedef struct call {
+  struct call *next; /* of those that are kept */
   pthread_mutex_t lock;
   pthread_cond_t changed;
-  bool isDone, isAbandoned; /* the second to be set frees the call */
+  bool isDone, isAbandoned; /* the second to be set frees or keeps the call */
   int result, device;
   const ncclSymbols_t *nccl;
   ncclComm_t comm;
@@ -43,6 +44,16 @@ static void call_free(call_t *call) {
   free(call);
 }
 
+/* Abandoned, and NCCL may still write into its argument: never freed. */
+static void call_keep(call_t *call) {
+  static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+  static call_t *kept;
+  (void)pthread_mutex_lock(&lock);
+  call->next = kept;
+  kept = call;
+  (void)pthread_mutex_unlock(&lock);
+}
+
 static bool call_is_abandoned(call_t *call) {
   (void)pthread_mutex_lock(&call->lock);
   bool isAbandoned = call->isAbandoned;
@@ -55,12 +66,12 @@ static void *call_thread(void *argument) {
   (void)cudaSetDevice(call->device);
   int result = call->run(call->nccl, call->comm, call->argument);
   /* A communicator that does not block may have said success before it is done. */
-  while (call->nccl->CommGetAsyncError && (result == 0 || result == NCCL_IN_PROGRESS) &&
-         !call_is_abandoned(call)) {
+  bool isOver = !call->nccl->CommGetAsyncError || (result != 0 && result != NCCL_IN_PROGRESS);
+  while (!isOver && !call_is_abandoned(call)) {
     int status = call->nccl->CommGetAsyncError(call->comm, &result);
     if (status != 0) result = status;
-    if (result != NCCL_IN_PROGRESS) break;
-    nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+    isOver = result != NCCL_IN_PROGRESS;
+    if (!isOver) nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
   }
   (void)pthread_mutex_lock(&call->lock);
   call->result = result;
@@ -68,7 +79,8 @@ static void *call_thread(void *argument) {
   bool isAbandoned = call->isAbandoned;
   (void)pthread_cond_signal(&call->changed);
   (void)pthread_mutex_unlock(&call->lock);
-  if (isAbandoned) call_free(call);
+  if (isAbandoned && isOver) call_free(call);
+  if (isAbandoned && !isOver) call_keep(call);
   return NULL;
 }
 
