@@ -6,6 +6,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+/* How much longer than on a GPU things may take: an emulated one is slow. */
+#ifndef GPU_PATIENCE
+#define GPU_PATIENCE 1
+#endif
+
 #define GPU_SKIP_CODE 77 /* ctest's SKIP_RETURN_CODE */
 
 /* For main: leaves with "skipped" where no device can be used. */

@@ -12,7 +12,9 @@
 
 #include "gpu_common.h"
 
-#define MOST_BYTES (96 << 20) /* of one rank's rows */
+/* Of one rank's rows; much memory takes time, and finds nothing. */
+#define MOST_BYTES ((int64_t)96 << 20)
+#define FEW_BYTES ((int64_t)3 << 20) /* under a checker */
 
 typedef struct {
   gpuShape_t shape;
@@ -39,10 +41,12 @@ static exchange_t exchange_make(planner_random_t *random, int nRanks, int number
       number % 10 == 0 ? mostTokens : 1 + planner_random_below(random, mostTokens < 600 ? mostTokens : 600);
   if (c->maxTokens == mostTokens && c->hidden > 208)
     c->hidden = 208; /* capacity is the worst case: gigabytes */
-  /* Much memory takes time and finds nothing. */
+  int64_t most = mostTokens < 4096 ? FEW_BYTES : MOST_BYTES;
   int64_t rows = (int64_t)nRanks * c->topK, bytes = rows * c->hidden * 4;
-  if (c->maxTokens < mostTokens && c->maxTokens * bytes > MOST_BYTES)
-    c->maxTokens = (int32_t)(MOST_BYTES / bytes) + 1;
+  if (c->maxTokens < mostTokens && c->maxTokens * bytes > most) c->maxTokens = (int32_t)(most / bytes) + 1;
+  while (mostTokens < 4096 && c->alignment > 1 &&
+         (c->nExperts + 4) * (int64_t)c->alignment * c->hidden > 4 * FEW_BYTES)
+    c->alignment /= 2;
   c->dispatchMode = planner_random_below(random, 3);
   c->combineMode = planner_random_below(random, 4) == 0;
   c->tolerance = planner_random_below(random, 3) ? 0 : 0.02;

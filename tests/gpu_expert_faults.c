@@ -18,7 +18,7 @@
 /* ---- faults ---- */
 
 #define FAULT_RANKS 4
-#define TIMEOUT_MS 400
+#define TIMEOUT_MS (400 * GPU_PATIENCE)
 
 typedef enum { FAULT_ABSENT, FAULT_STUCK, FAULT_ABORT, FAULTS } fault_t;
 static const char *const faultNames[] = {"absent", "stuck amid the call", "aborting amid the call"};

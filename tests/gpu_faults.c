@@ -15,7 +15,7 @@
 
 #define RANKS 4
 #define VICTIM 2
-#define TIMEOUT_MS 300
+#define TIMEOUT_MS (300 * GPU_PATIENCE)
 #define LONG_MS 5000 /* where an error must come long before the timeout */
 
 typedef enum { PHASE_ROUTE, PHASE_DISPATCH, PHASE_COMBINE, PHASE_BOTH, PHASES } phase_t;
@@ -107,7 +107,8 @@ static const char *survivor(gpuSide_t *side, const plan_t *plan, cudaStream_t st
   RANK_CUDA(error);
   ultraepResult_t code = times_out(plan->fault) ? ultraepTimeout : ultraepRemoteError;
   RANK_CHECK(result == ultraepSuccess || result == code, "the call is %s", ultraepGetErrorString(result));
-  RANK_CHECK(seconds <= 2e-3 * TIMEOUT_MS + (aborts ? 0.1 : 0), "the error took %.3f s", seconds);
+  RANK_CHECK(seconds <= 2e-3 * TIMEOUT_MS + (aborts ? 0.1 * GPU_PATIENCE : 0), "the error took %.3f s",
+             seconds);
   return check_failed(side, code, VICTIM, result == ultraepSuccess ? phaseNames[plan->phase] : NULL, stream);
 }
 

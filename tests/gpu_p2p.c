@@ -266,7 +266,8 @@ typedef enum { MISSING_TIMEOUT, MISSING_ABORT, MISSING_GONE } missing_t;
 static void check_missing(missing_t how, uint64_t bytes, bool isMapped) {
   planner_random_t random = {3};
   test_begin(3, 4, 16384, 2, 8192, false);
-  for (int r = 0; r < 3; r++) test.world.ranks[r].p2p.timeoutNs = how == MISSING_TIMEOUT ? 300000000 : 0;
+  for (int r = 0; r < 3; r++)
+    test.world.ranks[r].p2p.timeoutNs = how == MISSING_TIMEOUT ? 300000000u * GPU_PATIENCE : 0;
   test.n = 0;
   memset(test.used, 0, sizeof(test.used));
   for (int from = 0; from < 3; from++)

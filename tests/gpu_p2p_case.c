@@ -1,5 +1,7 @@
 #include "gpu_p2p_case.h"
 
+#include "gpu_common.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -45,7 +47,7 @@ const char *p2p_world_make(p2pWorld_t *world, int nRanks, int nBlocks, uint64_t 
                            uint64_t eagerBytes, bool portable) {
   kernelP2pGeometry_t geometry = {nRanks, nStages, stageBytes, eagerBytes};
   kernelP2pLayout_t layout;
-  int major = 0, limit = 0;
+  int major = 0, limit = 0, multiprocessors = 0;
   memset(world, 0, sizeof(*world));
   world->nRanks = nRanks;
   kernelP2pLayout(&geometry, &layout);
@@ -53,6 +55,9 @@ const char *p2p_world_make(p2pWorld_t *world, int nRanks, int nBlocks, uint64_t 
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
+  if (nBlocks > multiprocessors) nBlocks = multiprocessors;
   for (int r = 0; r < nRanks && error == cudaSuccess; r++) error = zeroed(&world->windows[r], layout.bytes);
   for (int r = 0; r < nRanks && error == cudaSuccess; r++) {
     world->ranks[r].p2p = (kernelP2p_t){.geometry = geometry,
@@ -126,13 +131,15 @@ cudaError_t p2p_launch(p2pWorld_t *world, unsigned ranks) {
 }
 
 bool p2p_wait(p2pWorld_t *world, double seconds) {
-  double end = p2p_seconds() + seconds;
+  double end = p2p_seconds() + seconds * GPU_PATIENCE;
   for (int r = 0; r < world->nRanks;) {
     cudaError_t state = cudaStreamQuery(world->ranks[r].stream);
     if (state == cudaSuccess) {
       r++;
     } else if (state != cudaErrorNotReady || p2p_seconds() > end) {
       return false;
+    } else {
+      nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
     }
   }
   return true;
