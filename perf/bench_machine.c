@@ -44,6 +44,8 @@ static int machine_devices_find(const benchOptions_t *options, perfError_t *erro
 static void machine_environment_set(const benchOptions_t *options) {
   int32_t onMachine = benchJob.nProcesses > 1 ? benchJob.nLocalProcesses : options->nRanks;
   char ctas[16];
+  /* NVLink multicast, which send and receive do not need. */
+  setenv("NCCL_NVLS_ENABLE", "0", 0);
   if (onMachine <= benchCuda.nDevices) return;
   /* Kernels of all ranks of a GPU must fit on it together. The baseline gets as much of it as the library. */
   snprintf(ctas, sizeof(ctas), "%d",
@@ -52,7 +54,6 @@ static void machine_environment_set(const benchOptions_t *options) {
                                                     : 16);
   setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
   setenv("NCCL_MAX_CTAS", ctas, 0);
-  setenv("NCCL_NVLS_ENABLE", "0", 0);
 }
 
 /* Contexts of all devices used. */
