@@ -1,18 +1,10 @@
 /* The measuring part of ultraep_links. One thread drives all GPUs: a copy or a pair of copies at a time. */
+#include "cuda_call.h"
 #include "links.h"
 #include "links_kernels.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-
-#define LINKS_CUDA(error, call)                                                                              \
-  do {                                                                                                       \
-    cudaError_t cudaResult = (call);                                                                         \
-    if (cudaResult != cudaSuccess)                                                                           \
-      return perfErrorSet(error, "%.*s: %s", (int)strcspn(#call, "("), #call,                                \
-                          cudaGetErrorString(cudaResult));                                                   \
-  } while (0)
 
 /* What is kept on one GPU. */
 typedef struct {
@@ -53,11 +45,11 @@ int linksFind(const linksOptions_t *options, linksFigures_t *figures, perfError_
   figures->nGpus = count < LINKS_MAX_GPUS ? count : LINKS_MAX_GPUS;
   for (int i = 0; i < figures->nGpus; i++) {
     struct cudaDeviceProp properties;
-    LINKS_CUDA(error, cudaGetDeviceProperties(&properties, i));
+    PERF_CUDA(error, cudaGetDeviceProperties(&properties, i));
     links_gpu_describe(&properties, &figures->gpus[i]);
   }
-  LINKS_CUDA(error, cudaDriverGetVersion(&figures->driver));
-  LINKS_CUDA(error, cudaRuntimeGetVersion(&figures->runtime));
+  PERF_CUDA(error, cudaDriverGetVersion(&figures->driver));
+  PERF_CUDA(error, cudaRuntimeGetVersion(&figures->runtime));
   return 0;
 }
 
@@ -65,17 +57,17 @@ static int links_device_open(linksDevice_t *device, const linksOptions_t *option
   size_t bytes = (size_t)options->bytes;
   device->events = calloc((size_t)options->rounds + 1, sizeof(device->events[0]));
   if (device->events == NULL) return perfErrorSet(error, "no memory for %d events", options->rounds);
-  LINKS_CUDA(error, cudaSetDevice(device->device));
-  LINKS_CUDA(error, cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
-  LINKS_CUDA(error, cudaMalloc((void **)&device->from, bytes));
-  LINKS_CUDA(error, cudaMalloc((void **)&device->to, bytes));
-  LINKS_CUDA(error, cudaMalloc((void **)&device->flag, sizeof(*device->flag)));
-  LINKS_CUDA(error, cudaMalloc((void **)&device->result, sizeof(*device->result)));
-  for (int32_t i = 0; i <= options->rounds; i++) LINKS_CUDA(error, cudaEventCreate(&device->events[i]));
-  LINKS_CUDA(error, cudaMemsetAsync(device->from, 1, bytes, device->stream));
-  LINKS_CUDA(error, cudaMemsetAsync(device->to, 2, bytes, device->stream));
-  LINKS_CUDA(error, cudaStreamSynchronize(device->stream));
-  LINKS_CUDA(error, linksKernelsLoad());
+  PERF_CUDA(error, cudaSetDevice(device->device));
+  PERF_CUDA(error, cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
+  PERF_CUDA(error, cudaMalloc((void **)&device->from, bytes));
+  PERF_CUDA(error, cudaMalloc((void **)&device->to, bytes));
+  PERF_CUDA(error, cudaMalloc((void **)&device->flag, sizeof(*device->flag)));
+  PERF_CUDA(error, cudaMalloc((void **)&device->result, sizeof(*device->result)));
+  for (int32_t i = 0; i <= options->rounds; i++) PERF_CUDA(error, cudaEventCreate(&device->events[i]));
+  PERF_CUDA(error, cudaMemsetAsync(device->from, 1, bytes, device->stream));
+  PERF_CUDA(error, cudaMemsetAsync(device->to, 2, bytes, device->stream));
+  PERF_CUDA(error, cudaStreamSynchronize(device->stream));
+  PERF_CUDA(error, linksKernelsLoad());
   return 0;
 }
 
@@ -85,17 +77,17 @@ static int links_reach(links_t *links, int32_t from, int32_t to, bool *reachable
   *reachable = true;
   for (int i = 0; from != to && i < 2; i++) {
     int can = 0;
-    LINKS_CUDA(error, cudaDeviceCanAccessPeer(&can, sides[i]->device, sides[1 - i]->device));
+    PERF_CUDA(error, cudaDeviceCanAccessPeer(&can, sides[i]->device, sides[1 - i]->device));
     *reachable = *reachable && can != 0;
   }
   for (int i = 0; from != to && *reachable && i < 2; i++) {
-    LINKS_CUDA(error, cudaSetDevice(sides[i]->device));
+    PERF_CUDA(error, cudaSetDevice(sides[i]->device));
     cudaError_t enabled = cudaDeviceEnablePeerAccess(sides[1 - i]->device, 0);
     if (enabled == cudaErrorPeerAccessAlreadyEnabled) {
       (void)cudaGetLastError();
       enabled = cudaSuccess;
     }
-    LINKS_CUDA(error, enabled);
+    PERF_CUDA(error, enabled);
   }
   return 0;
 }
@@ -119,10 +111,10 @@ static cudaError_t links_copy_enqueue(const linksCopy_t *copy, int64_t bytes) {
 
 /* An untimed copy, then the timed ones. */
 static int links_copies_enqueue(const links_t *links, const linksCopy_t *copy, perfError_t *error) {
-  LINKS_CUDA(error, cudaSetDevice(copy->runs->device));
+  PERF_CUDA(error, cudaSetDevice(copy->runs->device));
   for (int32_t i = 0; i <= links->options->rounds; i++) {
-    LINKS_CUDA(error, links_copy_enqueue(copy, links->options->bytes));
-    LINKS_CUDA(error, cudaEventRecord(copy->runs->events[i], copy->runs->stream));
+    PERF_CUDA(error, links_copy_enqueue(copy, links->options->bytes));
+    PERF_CUDA(error, cudaEventRecord(copy->runs->events[i], copy->runs->stream));
   }
   return 0;
 }
@@ -131,9 +123,9 @@ static int links_copies_read(const links_t *links, const linksCopy_t *copy, doub
                              perfError_t *error) {
   double moved = (copy->from == copy->to ? 2.0 : 1.0) * (double)links->options->bytes;
   float ms = 0;
-  LINKS_CUDA(error, cudaStreamSynchronize(copy->runs->stream));
+  PERF_CUDA(error, cudaStreamSynchronize(copy->runs->stream));
   for (int32_t i = 0; i < links->options->rounds; i++) {
-    LINKS_CUDA(error, cudaEventElapsedTime(&ms, copy->runs->events[i], copy->runs->events[i + 1]));
+    PERF_CUDA(error, cudaEventElapsedTime(&ms, copy->runs->events[i], copy->runs->events[i + 1]));
     links->seconds[i] = ms / 1e3;
   }
   double median = perfMedian(links->seconds, links->options->rounds);
@@ -177,19 +169,19 @@ static int links_flags_time(const links_t *links, linksFigures_t *figures, int32
   const linksDevice_t *sides[2] = {&links->devices[from], &links->devices[to]};
   linksFlagResult_t results[2];
   for (int i = 0; i < 2; i++) {
-    LINKS_CUDA(error, cudaSetDevice(sides[i]->device));
-    LINKS_CUDA(error, cudaMemsetAsync(sides[i]->flag, 0, sizeof(*sides[i]->flag), sides[i]->stream));
-    LINKS_CUDA(error, cudaMemsetAsync(sides[i]->result, 0, sizeof(*sides[i]->result), sides[i]->stream));
-    LINKS_CUDA(error, cudaStreamSynchronize(sides[i]->stream));
+    PERF_CUDA(error, cudaSetDevice(sides[i]->device));
+    PERF_CUDA(error, cudaMemsetAsync(sides[i]->flag, 0, sizeof(*sides[i]->flag), sides[i]->stream));
+    PERF_CUDA(error, cudaMemsetAsync(sides[i]->result, 0, sizeof(*sides[i]->result), sides[i]->stream));
+    PERF_CUDA(error, cudaStreamSynchronize(sides[i]->stream));
   }
   for (int i = 0; i < 2; i++) {
-    LINKS_CUDA(error, cudaSetDevice(sides[i]->device));
-    LINKS_CUDA(error, linksKernelFlags(sides[i]->flag, sides[1 - i]->flag, links->options->trips, i == 0,
-                                       sides[i]->result, sides[i]->stream));
+    PERF_CUDA(error, cudaSetDevice(sides[i]->device));
+    PERF_CUDA(error, linksKernelFlags(sides[i]->flag, sides[1 - i]->flag, links->options->trips, i == 0,
+                                      sides[i]->result, sides[i]->stream));
   }
   for (int i = 0; i < 2; i++) {
-    LINKS_CUDA(error, cudaStreamSynchronize(sides[i]->stream));
-    LINKS_CUDA(error, cudaMemcpy(&results[i], sides[i]->result, sizeof(results[i]), cudaMemcpyDeviceToHost));
+    PERF_CUDA(error, cudaStreamSynchronize(sides[i]->stream));
+    PERF_CUDA(error, cudaMemcpy(&results[i], sides[i]->result, sizeof(results[i]), cudaMemcpyDeviceToHost));
   }
   if (results[0].failed || results[1].failed)
     return perfErrorSet(error, "flags between GPUs %d and %d: no answer within %d s", from, to,

@@ -35,8 +35,8 @@ static const struct argp_option linksOptionTable[] = {
 
 static int links_budgets_parse(const char *text, linksOptions_t *options, perfError_t *error) {
   char copy[256], *rest = copy, *one;
-  if (strlen(text) >= sizeof(copy)) return perfErrorSet(error, "--ctas: too long");
-  strcpy(copy, text);
+  if (snprintf(copy, sizeof(copy), "%s", text) >= (int)sizeof(copy))
+    return perfErrorSet(error, "--ctas: too long");
   options->nBudgets = 0;
   while ((one = strsep(&rest, ",")) != NULL) {
     if (options->nBudgets == LINKS_MAX_BUDGETS)

@@ -27,7 +27,8 @@ json=$2
 links=${3:-}
 export LINKS_FAKE_GPUS=4
 has() {
-  tr -s ' ' < out | grep -qxF -- "$1" || fail "no '$1': $(cat out)"
+  tr -s ' ' < out > table
+  grep -qxF -- "$1" table || fail "no '$1': $(cat out)"
 }
 
 status 0 "$fake" -J o.json
