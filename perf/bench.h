@@ -74,6 +74,8 @@ typedef struct {
   int64_t wrong;                   /* faults the check found, all iterations */
   perfError_t fault;               /* the first of them */
   int64_t linkBytes[BENCH_PHASES]; /* between different ranks, in one go: dispatch, combine, weights */
+  /* of it, over the link of the rank that sends or receives most: dispatch, combine; -1: not known */
+  int64_t busiestBytes[BENCH_PHASES];
   size_t dispatchRowBytes, combineRowBytes;
   /* on GPUs */
   int64_t dispatchMoved, combineMoved; /* bytes read and written by all ranks at least */

@@ -81,6 +81,15 @@ static json_t *json_gpu_make(const benchResult_t *result) {
                    "private_bytes", (json_int_t)result->privateBytes);
 }
 
+/* Null where it is not known. */
+static json_t *json_busiest_make(const int64_t *bytes) {
+  json_t *known[2] = {json_null(), json_null()};
+  const benchPhase_t phases[2] = {BENCH_DISPATCH, BENCH_COMBINE};
+  for (int i = 0; i < 2; i++)
+    if (bytes[phases[i]] >= 0) known[i] = json_integer((json_int_t)bytes[phases[i]]);
+  return json_pack("{s:o,s:o}", "dispatch", known[0], "combine", known[1]);
+}
+
 int benchJsonAppend(benchJson_t *json, json_t *line, perfError_t *error) {
   if (json_array_append_new(json->results, line) == 0) return 0;
   return perfErrorSet(error, "no memory for the JSON document");
@@ -96,9 +105,9 @@ int benchJsonLine(benchJson_t *json, const workload_t *workload, bool balance, i
   if (json == NULL) return 0;
   int32_t nRanks = workload->nRanks;
   json_t *line = json_pack(
-      "{s:I,s:I,s:s,s:s,s:i,s:i,s:I,s:i,s:i,s:f,s:f,s:i,s:f,s:f,s:o,s:o,s:f,s:I,s:I,s:{s:I,s:I,s:I}}", "size",
-      (json_int_t)size, "count", (json_int_t)count, "type", rowTypeName(json->options->dataType), "record",
-      workload->label, "balance", (int)balance, "tokens", (int)workload->nominalTokens, "rows",
+      "{s:I,s:I,s:s,s:s,s:i,s:i,s:I,s:i,s:i,s:f,s:f,s:i,s:f,s:f,s:o,s:o,s:f,s:I,s:I,s:{s:I,s:I,s:I},s:o}",
+      "size", (json_int_t)size, "count", (json_int_t)count, "type", rowTypeName(json->options->dataType),
+      "record", workload->label, "balance", (int)balance, "tokens", (int)workload->nominalTokens, "rows",
       (json_int_t)result->rows, "experts", (int)workload->nExperts, "topk", (int)workload->topK, "before",
       result->before, "after", result->after, "replicas", (int)result->replicas, "route_us",
       result->us[BENCH_ROUTE], "weights_us", result->us[BENCH_WEIGHTS], "dispatch",
@@ -110,7 +119,8 @@ int benchJsonLine(benchJson_t *json, const workload_t *workload, bool balance, i
       "memcpy_us", result->us[BENCH_COPY], "memcpy_bytes", (json_int_t)result->copyBytes, "nwrong",
       (json_int_t)result->wrong, "link_bytes", "dispatch", (json_int_t)result->linkBytes[BENCH_DISPATCH],
       "combine", (json_int_t)result->linkBytes[BENCH_COMBINE], "weights",
-      (json_int_t)result->linkBytes[BENCH_WEIGHTS]);
+      (json_int_t)result->linkBytes[BENCH_WEIGHTS], "busiest_link_bytes",
+      json_busiest_make(result->busiestBytes));
   bool whole = line != NULL && json_object_set_new(line, "gate", gateJson(&result->gate)) == 0;
   if (whole && json->machine->nDevices > 0)
     whole = json_object_set_new(line, "gpu", json_gpu_make(result)) == 0;

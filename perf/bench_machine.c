@@ -1,21 +1,13 @@
 /* The GPUs and NCCL's communicators that all runs of ultraep_perf share. */
 #include "bench_cuda.h"
 #include "bench_job.h"
+#include "cuda_call.h"
 
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 benchCuda_t benchCuda;
-
-#define MACHINE_CUDA(error, call)                                                                            \
-  do {                                                                                                       \
-    cudaError_t cudaResult = (call);                                                                         \
-    if (cudaResult != cudaSuccess)                                                                           \
-      return perfErrorSet(error, "%.*s: %s", (int)strcspn(#call, "("), #call,                                \
-                          cudaGetErrorString(cudaResult));                                                   \
-  } while (0)
 
 int benchCudaDevice(int32_t local) {
   int32_t onMachine = benchJob.nProcesses > 1 ? benchJob.localProcess : local;
@@ -44,6 +36,8 @@ static int machine_devices_find(const benchOptions_t *options, perfError_t *erro
 static void machine_environment_set(const benchOptions_t *options) {
   int32_t onMachine = benchJob.nProcesses > 1 ? benchJob.nLocalProcesses : options->nRanks;
   char ctas[16];
+  /* NVLink multicast, which send and receive do not need. */
+  setenv("NCCL_NVLS_ENABLE", "0", 0);
   if (onMachine <= benchCuda.nDevices) return;
   /* Kernels of all ranks of a GPU must fit on it together. The baseline gets as much of it as the library. */
   snprintf(ctas, sizeof(ctas), "%d",
@@ -52,7 +46,6 @@ static void machine_environment_set(const benchOptions_t *options) {
                                                     : 16);
   setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
   setenv("NCCL_MAX_CTAS", ctas, 0);
-  setenv("NCCL_NVLS_ENABLE", "0", 0);
 }
 
 /* Contexts of all devices used. */
@@ -61,8 +54,8 @@ static int machine_contexts_make(perfError_t *error) {
   if (benchCuda.freeBefore == NULL)
     return perfErrorSet(error, "no memory for %d devices", benchCuda.nDevices);
   for (int32_t local = 0; local < benchCuda.nLocal && local < benchCuda.nDevices; local++) {
-    MACHINE_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
-    MACHINE_CUDA(error, cudaFree(NULL));
+    PERF_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
+    PERF_CUDA(error, cudaFree(NULL));
   }
   return 0;
 }
@@ -74,8 +67,8 @@ static int machine_streams_make(perfError_t *error) {
   benchCuda.streams = calloc((size_t)benchCuda.nLocal, sizeof(benchCuda.streams[0]));
   if (benchCuda.streams == NULL) return perfErrorSet(error, "no memory for %d streams", benchCuda.nLocal);
   for (int32_t local = 0; local < benchCuda.nLocal; local++) {
-    MACHINE_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
-    MACHINE_CUDA(error, cudaStreamCreateWithFlags(&benchCuda.streams[local], cudaStreamNonBlocking));
+    PERF_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
+    PERF_CUDA(error, cudaStreamCreateWithFlags(&benchCuda.streams[local], cudaStreamNonBlocking));
   }
   return 0;
 }
@@ -84,8 +77,8 @@ static int machine_streams_make(perfError_t *error) {
 static int machine_memory_look(perfError_t *error) {
   size_t total = 0, unused = 0;
   for (int32_t local = 0; local < benchCuda.nLocal && local < benchCuda.nDevices; local++) {
-    MACHINE_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
-    MACHINE_CUDA(error, cudaMemGetInfo(&unused, &total));
+    PERF_CUDA(error, cudaSetDevice(benchCudaDevice(local)));
+    PERF_CUDA(error, cudaMemGetInfo(&unused, &total));
     benchCuda.freeBefore[benchCudaDevice(local)] = (int64_t)unused;
   }
   return 0;
@@ -99,14 +92,14 @@ static int machine_copies_time(uint8_t *memory, size_t bytes, cudaStream_t strea
                                double *rate, perfError_t *error) {
   double seconds[COPY_ROUNDS];
   float ms = 0;
-  MACHINE_CUDA(error, cudaMemsetAsync(memory, 1, 2 * bytes, stream));
+  PERF_CUDA(error, cudaMemsetAsync(memory, 1, 2 * bytes, stream));
   for (int i = 0; i <= COPY_ROUNDS; i++) {
-    MACHINE_CUDA(error, cudaMemcpyAsync(memory + bytes, memory, bytes, cudaMemcpyDeviceToDevice, stream));
-    MACHINE_CUDA(error, cudaEventRecord(events[i], stream));
+    PERF_CUDA(error, cudaMemcpyAsync(memory + bytes, memory, bytes, cudaMemcpyDeviceToDevice, stream));
+    PERF_CUDA(error, cudaEventRecord(events[i], stream));
   }
-  MACHINE_CUDA(error, cudaStreamSynchronize(stream));
+  PERF_CUDA(error, cudaStreamSynchronize(stream));
   for (int i = 0; i < COPY_ROUNDS; i++) {
-    MACHINE_CUDA(error, cudaEventElapsedTime(&ms, events[i], events[i + 1]));
+    PERF_CUDA(error, cudaEventElapsedTime(&ms, events[i], events[i + 1]));
     seconds[i] = ms / 1e3;
   }
   *rate = 2.0 * (double)bytes / perfMedian(seconds, COPY_ROUNDS);
@@ -120,8 +113,8 @@ static int machine_copy_rate_find(double *rate, perfError_t *error) {
   cudaStream_t stream = NULL;
   cudaEvent_t events[COPY_ROUNDS + 1] = {NULL};
   while (bytes > 1 << 20 && 4 * bytes > (size_t)benchCuda.freeBefore[benchCudaDevice(0)]) bytes /= 2;
-  MACHINE_CUDA(error, cudaSetDevice(benchCudaDevice(0)));
-  MACHINE_CUDA(error, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  PERF_CUDA(error, cudaSetDevice(benchCudaDevice(0)));
+  PERF_CUDA(error, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   cudaError_t made = cudaMalloc((void **)&memory, 2 * bytes);
   for (int i = 0; i <= COPY_ROUNDS && made == cudaSuccess; i++) made = cudaEventCreate(&events[i]);
   int status = made == cudaSuccess ? machine_copies_time(memory, bytes, stream, events, rate, error)
@@ -235,7 +228,7 @@ int64_t benchCudaMemoryUsed(benchRank_t *rank) {
 static int machine_describe(benchMachine_t *machine, perfError_t *error) {
   struct cudaDeviceProp properties;
   int64_t sums[2] = {0, 0}; /* devices, bytes */
-  MACHINE_CUDA(error, cudaGetDeviceProperties(&properties, benchCudaDevice(0)));
+  PERF_CUDA(error, cudaGetDeviceProperties(&properties, benchCudaDevice(0)));
   for (int32_t local = 0; local < benchCuda.nLocal; local++) {
     if (!benchCudaCounts(local)) continue;
     sums[0]++;

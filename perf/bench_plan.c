@@ -21,18 +21,49 @@ static int32_t *bench_loads_make(const workload_t *workload) {
   return loads;
 }
 
-/* pairs[source][rank], from the pieces of replicated experts and the loads of the others. */
-static void bench_pairs_set(const ultraepPlan_t *plan, const int32_t *loads, int64_t *pairs) {
-  int32_t perRank = plan->nExperts / plan->nRanks;
-  for (int32_t e = 0; e < plan->nExperts; e++) {
-    for (int32_t i = plan->pieceFirst[e]; i < plan->pieceFirst[e + 1]; i++) {
-      const ultraepPiece_t *piece = &plan->pieces[i];
-      pairs[piece->src * plan->nRanks + plan->instances[piece->instance].rank] += piece->count;
-    }
-    if (plan->pieceFirst[e] != plan->pieceFirst[e + 1]) continue;
-    for (int32_t r = 0; r < plan->nRanks; r++)
-      pairs[r * plan->nRanks + e / perRank] += loads[(size_t)r * (size_t)plan->nExperts + (size_t)e];
+/* Where an expert's next assignment goes: sources and tokens come in order, as the pieces do. */
+typedef struct {
+  int32_t piece, taken; /* of the expert's pieces; of the piece's assignments */
+} planCursor_t;
+
+static int32_t bench_rank_next(const ultraepPlan_t *plan, int32_t expert, planCursor_t *cursor) {
+  const ultraepPiece_t *pieces = &plan->pieces[plan->pieceFirst[expert]];
+  if (plan->pieceFirst[expert] == plan->pieceFirst[expert + 1])
+    return expert / (plan->nExperts / plan->nRanks);
+  if (cursor->taken == pieces[cursor->piece].count) {
+    cursor->piece++;
+    cursor->taken = 0;
   }
+  cursor->taken++;
+  return plan->instances[pieces[cursor->piece].instance].rank;
+}
+
+/* The pairs of one source. last[R]: the number of the token that a rank got last, over all sources. */
+static void bench_source_set(const ultraepPlan_t *plan, benchRun_t *run, int32_t source,
+                             planCursor_t *cursors, int64_t *last) {
+  const workload_t *workload = run->workload;
+  int64_t *rows = &run->pairRows[(size_t)source * (size_t)plan->nRanks];
+  int64_t *tokens = &run->pairTokens[(size_t)source * (size_t)plan->nRanks];
+  for (int64_t i = 0; i < (int64_t)workload->nTokens[source] * workload->topK; i++) {
+    int32_t expert = workload->topk[source][i];
+    if (expert < 0) continue;
+    int32_t rank = bench_rank_next(plan, expert, &cursors[expert]);
+    int64_t token = (int64_t)source * WORKLOAD_MAX_TOKENS + i / workload->topK + 1;
+    rows[rank]++;
+    tokens[rank] += last[rank] != token;
+    last[rank] = token;
+  }
+}
+
+static int bench_pairs_set(const ultraepPlan_t *plan, benchRun_t *run, perfError_t *error) {
+  planCursor_t *cursors = calloc((size_t)plan->nExperts, sizeof(cursors[0]));
+  int64_t *last = calloc((size_t)plan->nRanks, sizeof(last[0]));
+  bool whole = cursors != NULL && last != NULL;
+  for (int32_t source = 0; whole && source < plan->nRanks; source++)
+    bench_source_set(plan, run, source, cursors, last);
+  free(last);
+  free(cursors);
+  return whole ? 0 : perfErrorSet(error, "no memory for the rows of %d ranks", plan->nRanks);
 }
 
 /* Rows of the rank that needs most, each segment rounded up to the alignment. */
@@ -59,7 +90,8 @@ static int bench_plan_run(benchRun_t *run, const ultraepPlannerConfig_t *config,
   void *workspace = benchAllocate(1, bytes);
   int64_t *room = calloc(nRanks, sizeof(room[0]));
   run->pairRows = calloc(nRanks * nRanks, sizeof(run->pairRows[0]));
-  if (workspace == NULL || room == NULL || run->pairRows == NULL) {
+  run->pairTokens = calloc(nRanks * nRanks, sizeof(run->pairTokens[0]));
+  if (workspace == NULL || room == NULL || run->pairRows == NULL || run->pairTokens == NULL) {
     perfErrorSet(error, "no memory for a plan of %zu bytes", bytes);
     goto free_memory;
   }
@@ -67,7 +99,7 @@ static int bench_plan_run(benchRun_t *run, const ultraepPlannerConfig_t *config,
     perfErrorSet(error, "planner: the loads are out of its range");
     goto free_memory;
   }
-  bench_pairs_set(&plan, loads, run->pairRows);
+  if (bench_pairs_set(&plan, run, error) != 0) goto free_memory;
   /* Behind the last row, rows that must stay as they were: room to see it. */
   int64_t needed = bench_room_find(&plan, run->options->alignment, room) + 4;
   if (config->nSlots > 0 && needed < run->maxRows) run->maxRows = needed;
@@ -118,6 +150,34 @@ int benchPlanGate(const benchRun_t *run, gateFigures_t *gate, perfError_t *error
   free(loads);
   free(workspace);
   return status;
+}
+
+/* The most that a rank sends to others or gets from them; *all: what goes between different ranks. */
+static int64_t bench_pairs_busiest(const int64_t *pairs, int32_t nRanks, int64_t *all) {
+  int64_t busiest = 0;
+  *all = 0;
+  for (int32_t r = 0; r < nRanks; r++) {
+    int64_t sent = 0, got = 0;
+    for (int32_t peer = 0; peer < nRanks; peer++) {
+      if (peer == r) continue;
+      sent += pairs[r * nRanks + peer];
+      got += pairs[peer * nRanks + r];
+    }
+    *all += sent;
+    if (sent > busiest) busiest = sent;
+    if (got > busiest) busiest = got;
+  }
+  return busiest;
+}
+
+int64_t benchPlanBusiest(const benchRun_t *run, int64_t linkBytes, size_t rowBytes) {
+  const int64_t *pairs[] = {run->pairRows, run->pairTokens};
+  for (int i = 0; i < 2; i++) {
+    int64_t all = 0, busiest = -1;
+    if (pairs[i] != NULL) busiest = bench_pairs_busiest(pairs[i], run->workload->nRanks, &all);
+    if (busiest >= 0 && all * (int64_t)rowBytes == linkBytes) return busiest * (int64_t)rowBytes;
+  }
+  return -1;
 }
 
 int benchPlanWrite(const benchRun_t *run, const char *path, perfError_t *error) {

@@ -14,6 +14,8 @@ typedef struct {
   double busBandwidth; /* dispatch and combine of each line */
   double movedBytes, copiedBytes;
   double dispatchFloor, combineFloor; /* us */
+  double busiestBytes[BENCH_PHASES];
+  bool busiestUnknown;
 } benchSums_t;
 
 struct benchReport {
@@ -188,6 +190,10 @@ static void bench_sums_add(benchSums_t *sums, const benchMachine_t *machine, con
   sums->copiedBytes += (double)result->copyBytes;
   sums->dispatchFloor += bench_floor(machine, result->dispatchMoved);
   sums->combineFloor += bench_floor(machine, result->combineMoved);
+  for (int phase = BENCH_DISPATCH; phase <= BENCH_COMBINE; phase++) {
+    sums->busiestBytes[phase] += (double)result->busiestBytes[phase];
+    if (result->busiestBytes[phase] < 0) sums->busiestUnknown = true;
+  }
 }
 
 int benchReportLine(benchReport_t *report, const workload_t *workload, bool balance,
@@ -244,6 +250,11 @@ static void bench_gpu_sums_print(const benchReport_t *report, const benchSums_t 
          100 * bench_ratio(sums->dispatchFloor, us[BENCH_DISPATCH]),
          100 * bench_ratio(sums->dispatchFloor, us[BENCH_STEP]),
          100 * bench_ratio(sums->combineFloor, us[BENCH_COMBINE]));
+  if (!sums->busiestUnknown) {
+    printf("# balance %d: busiest link, bytes of one call: dispatch %.0f, combine %.0f\n", balance,
+           sums->busiestBytes[BENCH_DISPATCH] / (double)sums->lines,
+           sums->busiestBytes[BENCH_COMBINE] / (double)sums->lines);
+  }
   if (report->options->baseline != BENCH_BASELINE_NONE) {
     printf(
         "# balance %d: ncclSend and ncclRecv of the same rows: dispatch %.1f us, %.2f x ours; combine %.1f "

@@ -104,6 +104,10 @@ static void bench_link_bytes_set(const benchRun_t *run, const benchSums_t *sums,
   result->linkBytes[BENCH_WEIGHTS] = sums->weightBytes / calls;
   result->linkBytes[BENCH_DISPATCH] = sums->dispatchBytes / dispatches;
   result->linkBytes[BENCH_COMBINE] = sums->combineBytes / calls;
+  result->busiestBytes[BENCH_DISPATCH] =
+      benchPlanBusiest(run, result->linkBytes[BENCH_DISPATCH], run->shape.bytes + run->scaleBytes);
+  result->busiestBytes[BENCH_COMBINE] =
+      benchPlanBusiest(run, result->linkBytes[BENCH_COMBINE], run->combineShape.bytes);
 }
 
 static void bench_moved_set(const benchRun_t *run, benchResult_t *result) {
@@ -201,6 +205,7 @@ static void bench_memory_free(benchRun_t *run) {
   free(run->ranks);
   free(run->verify.sources);
   free(run->pairRows);
+  free(run->pairTokens);
   for (int phase = 0; phase < BENCH_PHASES; phase++) free(run->seconds[phase]);
 }
 
@@ -228,8 +233,7 @@ static int bench_run_prepare(benchRun_t *run, perfError_t *error) {
         "%s: a token meets one expert twice, which ranks in several processes cannot be checked "
         "with: ask for a smaller --topk, or -c 0",
         run->workload->label);
-  bool planned = run->ops->deviceTimed || options->matrixPath != NULL;
-  if (planned && benchPlanMake(run, error) != 0) return -1;
+  if (benchPlanMake(run, error) != 0) return -1;
   if (options->matrixPath != NULL && benchJob.process == 0 &&
       benchPlanWrite(run, options->matrixPath, error) != 0)
     return -1;

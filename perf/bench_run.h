@@ -102,8 +102,9 @@ struct benchRun {
   size_t copyBytes; /* of one rank */
   /* Calls of a timed phase: those before the clock starts, which let ranks meet, and those timed. */
   int32_t leadCalls, timedCalls;
-  int64_t *pairRows; /* [R][R] rows from source to rank, where the plan is known beforehand; else null */
-  void *world;       /* the backend's */
+  /* [R][R] from source to rank, where the plan is known beforehand, else null: rows, and tokens with a row */
+  int64_t *pairRows, *pairTokens;
+  void *world; /* the backend's */
   verify_t verify;
   int32_t firstRank, nLocal;     /* the ranks of this process */
   benchRank_t *ranks;            /* [nLocal] */
@@ -172,8 +173,12 @@ int64_t benchCombinedCheck(benchRank_t *rank);
 int benchExpertsApply(benchRank_t *rank);
 
 /* ---- bench_plan.c ---- */
-/* Sets run->pairRows and, where that is less, run->maxRows, from the plan that the library will make. */
+/* Sets run->pairRows, run->pairTokens and, where that is less, run->maxRows, from the plan that
+ * the library will make. */
 int benchPlanMake(benchRun_t *run, perfError_t *error);
+/* The bytes that the busiest rank sends to or gets from others, if `linkBytes` in all cross between ranks,
+ * rowBytes for each row, or for each token and rank; -1 where neither gives that sum. */
+int64_t benchPlanBusiest(const benchRun_t *run, int64_t linkBytes, size_t rowBytes);
 /* Sets *gate where the group had a cost gate: what it weighed for the workload. */
 int benchPlanGate(const benchRun_t *run, gateFigures_t *gate, perfError_t *error);
 /* Writes the bytes of a dispatch from rank to rank as nccl-tests' alltoallv_perf reads them. */

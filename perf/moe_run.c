@@ -62,6 +62,7 @@ static void moe_memory_free(moeRun_t *run) {
   free(run->base.ranks);
   free(run->ranks);
   free(run->base.pairRows);
+  free(run->base.pairTokens);
   for (int phase = 0; phase < MOE_PHASES; phase++) free(run->seconds[phase]);
 }
 

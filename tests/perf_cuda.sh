@@ -27,6 +27,12 @@ runs() {
 runs 2
 grep -v '^#' out | awk '$16 != "0" { exit 1 }' || fail "a checked run must say so"
 grep -q '^# copy rate: [0-9.]* GB/s' out || fail "no copy rate"
+# What perf/sweep reads; it is not there where the library's counters say otherwise.
+for mode in direct once; do
+  runs 2 --mode $mode
+  [ "$(grep -cE '^# balance [01]: busiest link, bytes of one call: dispatch [1-9][0-9]*, combine [1-9][0-9]*$' out)" = 2 ] ||
+    fail "no busiest link: $(grep '^# balance' out)"
+done
 for type in bfloat16 half float fp8; do
   runs 2 -d $type --align 8 --mode direct
   runs 2 -d $type --mode once --combine partial

@@ -17,12 +17,20 @@ runs() {
   [ "$(grep -v '^#' out | awk '$16 == 0' | wc -l)" = "$lines" ] || fail "#wrong is not 0: $*"
   grep -q '^# Out of bounds values : 0 OK$' out || fail "the footer: $*"
 }
+# busiest LINES: o.json knows the busiest link of each line, for dispatch and for combine.
+busiest() {
+  [ "$(grep -A 2 '"busiest_link_bytes"' o.json | grep -Ec '"(dispatch|combine)": [1-9][0-9]*,?$')" = $((2 * $1)) ] ||
+    fail "the busiest link: $(grep -A 2 '"busiest_link_bytes"' o.json)"
+}
 small=(-t 4 --experts 16 --topk 3 --tokens 40 --skew 2)
 
 for type in bfloat16 half float fp8; do
   for mode in direct once; do
-    runs 2 "${small[@]}" -d $type --mode $mode --align 8
-    runs 2 "${small[@]}" -d $type --mode $mode --combine partial
+    # What crosses between ranks by the plan is what the library has counted, else it would not be known.
+    runs 2 "${small[@]}" -d $type --mode $mode --align 8 -J o.json
+    busiest 2
+    runs 2 "${small[@]}" -d $type --mode $mode --combine partial -J o.json
+    busiest 2
   done
 done
 runs 2 "${small[@]}" --slots 0
@@ -85,6 +93,18 @@ grep -q 'rank [1-3]: ultraepAllToAll.*: internal error' err || fail "message of 
 status 0 "$perf" -n 1 --hidden 256 "${small[@]}" --matrix m.txt
 awk '{ sum = 0; for (i = 1; i <= NF; i++) sum += $i; if (NF != 4 || sum != 40 * 3 * 512) exit 1 }
   END { if (NR != 4) exit 1 }' m.txt || fail "the matrix: $(cat m.txt)"
+# The busiest link is that of the rank that sends or gets most; in mode once it carries less.
+awk '{ for (i = 1; i <= NF; i++) if (i != NR) { sent[NR] += $i; got[i] += $i } }
+  END { for (r = 1; r <= NR; r++) { if (sent[r] > most) most = sent[r]; if (got[r] > most) most = got[r] } print most }' \
+  m.txt > most
+for mode in direct once; do
+  status 0 "$perf" -n 1 --hidden 256 "${small[@]}" --balance 0 --mode $mode -J o.json
+  sed -n '/"busiest_link_bytes"/,/}/s/.*"dispatch": \([0-9]*\),$/\1/p' o.json > busiest-$mode
+done
+cmp -s most busiest-direct || fail "the busiest link: $(cat busiest-direct) instead of $(cat most)"
+[ "$(cat busiest-once)" -lt "$(cat most)" ] || fail "the busiest link of mode once: $(cat busiest-once)"
+status 0 "$perf" -n 1 --hidden 256 "${small[@]}" --balance 1 --gate-bytes 1K -J o.json
+grep -A 1 '"busiest_link_bytes"' o.json | grep -q '"dispatch": null' || fail "a busiest link that nobody knows"
 status 1 "$perf" -n 1 --hidden 256 "${small[@]}" --matrix m.txt --gate-bytes 1M --balance 1
 grep -q 'not known beforehand' err || fail "message of --matrix with the cost gate"
 status 1 "$perf" -n 1 --hidden 256 "${small[@]}" --matrix /nonexistent/m.txt
