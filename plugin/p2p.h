@@ -115,8 +115,6 @@ void *p2p_original(enum p2p_call call);
 void p2p_group_watch(void (*watch)(void));
 /* Groups that this thread is in. */
 int p2p_group_depth(void);
-/* The thread's group has ended with that result: communicators made in it are there. */
-void p2p_comm_group_ended(int result);
 /* Before the communicator's end: what is kept to know it and its children. */
 void p2p_comm_forget(const void *comm);
 /* The communicator goes: its record ends. Also for those whose end only NCCL's plugin calls tell. */

@@ -166,7 +166,7 @@ static void rank_open(rank_t *self) {
   }
   meet();
   CALL(self, p2p_comm_init_rank(&self->comm, self->nRanks, world.id, self->rank));
-  CHECK(self, schedule_find(self->comm), "the communicator is not scheduled: %s", ultraepGetLastError());
+  CHECK(self, schedule_is_scheduled(self->comm), "the communicator is not scheduled: %s", ultraepGetLastError());
 }
 
 static void rank_close(rank_t *self) {
@@ -308,12 +308,12 @@ static void test_graph(void **state) {
 static void split_work(rank_t *self) {
   void *twin = NULL, *half = NULL;
   CALL(self, p2p_comm_split(self->comm, 0, self->rank, &twin, NULL));
-  CHECK(self, schedule_find(twin), "the twin is not scheduled");
+  CHECK(self, schedule_is_scheduled(twin), "the twin is not scheduled");
   meet();
   CALL(self, p2p_group_start());
   CALL(self, p2p_comm_split(self->comm, self->rank % 2, self->rank, &half, NULL));
   CALL(self, p2p_group_end());
-  CHECK(self, schedule_find(half), "the half is not scheduled");
+  CHECK(self, schedule_is_scheduled(half), "the half is not scheduled");
   meet();
   self->round = 7;
   fill(self);
