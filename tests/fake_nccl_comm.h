@@ -11,7 +11,7 @@ struct fake_comm {
   void *tunerContext;
   char back[3000];
   int rank, nRanks;
-  int blocking, busy; /* busy: answers until it is ready */
+  int blocking, busy, error; /* busy: answers until it is ready; error: how it is then */
   int nChildren;
   uint64_t hash;
 };
