@@ -474,7 +474,7 @@ bool p2p_pending_end(const void *comm, bool abort) {
   const pending_entry_t *entry;
   bool isThere = true;
 
-  if (!comm || atomic_load_explicit(&p2pPendingCount, memory_order_relaxed) == 0) return true;
+  if (!comm || atomic_load_explicit(&p2pPendingCount, memory_order_acquire) == 0) return true;
   pthread_mutex_lock(&pendingLock);
   while (isThere && (entry = pending_end_entries(comm, abort)) != NULL) {
     if (!abort && entry->phase != PENDING_SETUP)

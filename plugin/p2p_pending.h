@@ -48,7 +48,8 @@ static inline int p2p_pending_group_ended(int result) {
 /* Whether the program is to be told that the communicator is in progress, and refused its calls. */
 bool p2p_pending_find(const void *comm);
 static inline bool p2p_pending(const void *comm) {
-  return atomic_load_explicit(&p2pPendingCount, memory_order_relaxed) > 0 && p2p_pending_find(comm);
+  /* What a set-up has done is seen by whom it is over for. */
+  return atomic_load_explicit(&p2pPendingCount, memory_order_acquire) > 0 && p2p_pending_find(comm);
 }
 /* NCCL's state of the communicator, as the program sees it. */
 void p2p_pending_seen(const void *comm, int state);

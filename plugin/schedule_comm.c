@@ -486,10 +486,9 @@ static bool comm_wait(scheduleComm_t *comm, int64_t ms) {
     state = cudaStreamWaitEvent(comm->self->stream, comm->last, 0);
   else
     state = (cudaError_t)kernelP2pAwait(&comm->p2p, comm->launched, comm->self->stream);
-  while (state == cudaSuccess && (state = cudaStreamQuery(comm->self->stream)) == cudaErrorNotReady) {
+  while (state == cudaSuccess && cudaStreamQuery(comm->self->stream) == cudaErrorNotReady) {
     if (ms >= 0 && nccl_now_ms() > end) return false;
     nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
-    state = cudaSuccess;
   }
   return true;
 }

@@ -86,14 +86,14 @@ void schedule_setup_watch(scheduleSetup_t *setup, volatile int32_t *abort) {
   if (!setup) return;
   pthread_mutex_lock(&setup->lock);
   setup->abort = abort;
-  if (abort && setup->isAborted) *abort = 1;
+  if (abort && setup->isAborted) __atomic_store_n(abort, 1, __ATOMIC_RELEASE);
   pthread_mutex_unlock(&setup->lock);
 }
 
 void schedule_setup_abort(scheduleSetup_t *setup) {
   pthread_mutex_lock(&setup->lock);
   setup->isAborted = true;
-  if (setup->abort) *setup->abort = 1;
+  if (setup->abort) __atomic_store_n(setup->abort, 1, __ATOMIC_RELEASE);
   pthread_mutex_unlock(&setup->lock);
 }
 

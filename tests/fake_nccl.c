@@ -19,6 +19,15 @@ FAKE_EXPORT struct fake_state *fake_nccl_state(void) {
   return &fakeState;
 }
 
+FAKE_EXPORT long fake_nccl_calls(void) {
+  long calls;
+
+  pthread_mutex_lock(&fakeLock);
+  calls = fakeState.calls;
+  pthread_mutex_unlock(&fakeLock);
+  return calls;
+}
+
 FAKE_EXPORT void fake_nccl_log(int level, unsigned long subsystems, const char *where, int line,
                                const char *format, ...) {
   va_list arguments;

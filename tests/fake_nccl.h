@@ -75,6 +75,8 @@ struct fake_state {
   int polls, initError, lateSuccess;
 };
 struct fake_state *fake_nccl_state(void);
+/* state.calls, while other threads call. */
+long fake_nccl_calls(void);
 /* The logger, as NCCL gives it to plugins. */
 void fake_nccl_log(int level, unsigned long subsystems, const char *where, int line, const char *format, ...)
     __attribute__((format(printf, 5, 6)));
