@@ -1,7 +1,7 @@
 /* A stand-in for NCCL in tests without GPUs: the real names, weak with pnccl twins as NCCL's are, which
  * record what they were called with, in one record for all threads. Every communicator loads the libraries in
  * NCCL_TUNER_PLUGIN and NCCL_PROFILER_PLUGIN and uses their tables of the versions in FAKE_NCCL_TUNER (5, 6)
- * and FAKE_NCCL_PROFILER (1 to 6; by default 6); the last one closes them, as NCCL does. Operations reach the
+ * and FAKE_NCCL_PROFILER (1 to 7; by default 7); the last one closes them, as NCCL does. Operations reach the
  * profiler when the thread's outermost group ends. */
 #ifndef ULTRAEP_TESTS_FAKE_NCCL_H_
 #define ULTRAEP_TESTS_FAKE_NCCL_H_
