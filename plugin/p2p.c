@@ -31,6 +31,8 @@ const char *const p2pNames[P2P_CALLS] = {
     [P2P_COMM_SHRINK] = "ncclCommShrink",
     [P2P_COMM_GROW] = "ncclCommGrow",
     [P2P_COMM_ASYNC_ERROR] = "ncclCommGetAsyncError",
+    [P2P_COMM_REVOKE] = "ncclCommRevoke",
+    [P2P_GROUP_SIMULATE_END] = "ncclGroupSimulateEnd",
 };
 
 const void *const p2pHooks[P2P_CALLS] = {
@@ -54,6 +56,8 @@ const void *const p2pHooks[P2P_CALLS] = {
     [P2P_COMM_SHRINK] = (const void *)p2p_comm_shrink,
     [P2P_COMM_GROW] = (const void *)p2p_comm_grow,
     [P2P_COMM_ASYNC_ERROR] = (const void *)p2p_comm_async_error,
+    [P2P_COMM_REVOKE] = (const void *)p2p_comm_revoke,
+    [P2P_GROUP_SIMULATE_END] = (const void *)p2p_group_simulate_end,
 };
 
 /* Any thread reads these in every call, so they are atomics without order: whoever makes the calls reachable
@@ -307,6 +311,20 @@ int p2p_group_end(void) {
   return p2p_issued(result) && scheduled != P2P_NCCL_SUCCESS ? scheduled : result;
 }
 
+int p2p_group_simulate_end(void *info) {
+  p2p_simulate_fn original = (p2p_simulate_fn)p2p_original(P2P_GROUP_SIMULATE_END);
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (p2pThread.depth <= 1) {
+    (void)p2p_refused(P2P_NCCL_INVALID_USAGE); /* what is collected is dropped */
+    (void)p2p_schedule_group_end();
+  }
+  result = original(info);
+  if (p2pThread.depth > 0) p2pThread.depth--;
+  return p2pThread.depth == 0 ? p2p_pending_group_ended(result) : result;
+}
+
 /* Every rank sends count elements to every other and itself, and receives as much. */
 static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t count, int type, void *comm,
                    void *stream) {
@@ -401,6 +419,23 @@ int p2p_comm_destroy(void *comm) {
 
 int p2p_comm_abort(void *comm) {
   return p2p_comm_end(P2P_COMM_ABORT, comm, p2p_comm_forget);
+}
+
+/* Ends what is under way on all ranks, and no operation may follow; children may. */
+int p2p_comm_revoke(void *comm, int flags) {
+  p2p_revoke_fn original = (p2p_revoke_fn)p2p_original(P2P_COMM_REVOKE);
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (flags != 0) return original(comm, flags); /* refused */
+  (void)p2p_pending_end(comm, true);
+  schedule_comm_ends(comm, true);
+  comm_id_end(comm);
+  p2p_comm_gone(comm);
+  p2p_pending_pass(true);
+  result = original(comm, flags);
+  p2p_pending_pass(false);
+  return result;
 }
 
 /* No operation may follow it, so the record ends here already. */

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 enum { COMM_NO_COLOUR = -1 };               /* of a split: the rank gets no communicator */
+enum { COMM_SHRINK_ABORT = 1 };             /* a flag: first ends what is under way on the parent */
 enum { COMM_KIND_SPLIT, COMM_KIND_SHRINK }; /* what a child's id is made of, besides the colour */
 
 void p2p_comm_forget(const void *comm) {
@@ -177,6 +178,8 @@ int p2p_comm_shrink(void *parent, int *excluded, int nExcluded, void **comm, voi
   if (p2p_pending(parent)) return P2P_NCCL_INVALID_ARGUMENT;
   made.isNonBlocking = p2p_pending_non_blocking(config, parent);
   made.id = comm_id_child(parent, COMM_KIND_SHRINK);
+  /* Our kernels, too, may wait for a rank that is gone. */
+  if (flags & COMM_SHRINK_ABORT) schedule_comm_ends(parent, true);
   p2p_pending_pass(true);
   result = original(parent, excluded, nExcluded, comm, config, flags);
   p2p_pending_pass(false);

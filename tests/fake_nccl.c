@@ -401,6 +401,16 @@ int pncclGroupEnd(void) {
 }
 FAKE_WEAK(ncclGroupEnd);
 
+FAKE_TWIN(ncclGroupSimulateEnd);
+int pncclGroupSimulateEnd(void *info) {
+  const int result = fake_record((struct fake_call){.name = "ncclGroupSimulateEnd", .recv = info}, -1);
+
+  fake_group_drop();
+  if (fake_group_leave() == 0) fake_children_make(&fakeThread, NULL);
+  return result;
+}
+FAKE_WEAK(ncclGroupSimulateEnd);
+
 /* ---- the end ---- */
 static int fake_comm_end(struct fake_comm *comm, const char *name) {
   const int result = fake_record((struct fake_call){.name = name, .comm = comm}, 0);
@@ -426,6 +436,14 @@ int pncclCommAbort(void *comm) {
   return fake_comm_end(comm, "ncclCommAbort");
 }
 FAKE_WEAK(ncclCommAbort);
+
+FAKE_TWIN(ncclCommRevoke);
+int pncclCommRevoke(void *comm, int flags) {
+  const int result = fake_record((struct fake_call){.name = "ncclCommRevoke", .comm = comm}, 0);
+
+  return flags == 0 ? result : FAKE_INVALID;
+}
+FAKE_WEAK(ncclCommRevoke);
 
 FAKE_TWIN(ncclCommFinalize);
 int pncclCommFinalize(void *comm) {

@@ -28,6 +28,8 @@ int ncclSend(const void *buffer, size_t count, int type, int peer, void *comm, v
 int ncclRecv(void *buffer, size_t count, int type, int peer, void *comm, void *stream);
 int ncclGroupStart(void);
 int ncclGroupEnd(void);
+/* Its operations are not told to the profiler. */
+int ncclGroupSimulateEnd(void *info);
 int ncclAllReduce(const void *send, void *recv, size_t count, int type, int op, void *comm, void *stream);
 int ncclAlltoAll(const void *send, void *recv, size_t count, int type, void *comm, void *stream);
 int ncclGather(const void *send, void *recv, size_t count, int type, int root, void *comm, void *stream);
@@ -50,6 +52,7 @@ int ncclCommGetAsyncError(void *comm, int *error);
 int ncclCommDestroy(void *comm);
 int ncclCommAbort(void *comm);
 int ncclCommFinalize(void *comm);
+int ncclCommRevoke(void *comm, int flags);
 /* Fail for a non-blocking communicator that is busy. */
 int ncclCommCount(const void *comm, int *count);
 int ncclCommUserRank(const void *comm, int *rank);

@@ -24,5 +24,7 @@ void fake_group_enter(void);
 /* Returns how deep the thread still is. */
 int fake_group_leave(void);
 int fake_group_depth(void);
+/* The operations that the thread has issued in its group are not told. */
+void fake_group_drop(void);
 
 #endif

@@ -131,6 +131,10 @@ int fake_group_leave(void) {
   return fakeDepth;
 }
 
+void fake_group_drop(void) {
+  fakePendingCount = 0;
+}
+
 int fake_group_depth(void) {
   return fakeDepth;
 }

@@ -1,132 +1,12 @@
 /* Communicators that are ready later, with ULTRAEP_P2P=schedule: set up in a thread while the program is told
- * that they are in progress. The fake NCCL, a client, the plugin's code, and a double of the set-up that can
- * be held, fail and be aborted. As a plugin, or with the argument "preload" as the preload library. */
+ * that they are in progress. The double of the set-up can be held, fail and be aborted. Runs as a plugin, or
+ * with the argument "preload" under the preload library. */
+#include "pending_common.h"
 #include "planner_common.h"
-#include "schedule_double.h"
-#include "takeover_common.h"
 
-#include <dlfcn.h>
 #include <pthread.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-
-#include <cmocka.h>
-
-enum { RANKS = 4, NCCL_FOREVER = 1 << 30, TURNS = 100000 };
-
-static bool isPreload;
-static const struct client *from;
-static struct schedule_double *doubles;
-static struct fake_config later = FAKE_CONFIG(0);
-
-static fake_id next_id(void) {
-  static atomic_int number;
-  fake_id id = {{0}};
-
-  snprintf(id.bytes, sizeof(id.bytes), "id %d", atomic_fetch_add(&number, 1));
-  return id;
-}
-
-static void turn(void) {
-  nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
-}
-
-/* Waits for what another thread does. */
-#define WAIT_UNTIL(condition)                                                                                \
-  do {                                                                                                       \
-    for (int turns = 0; !(condition) && turns < TURNS; turns++) turn();                                      \
-    assert_true(condition);                                                                                  \
-  } while (0)
-
-static int state_of(void *comm) {
-  int error = -1;
-
-  assert_int_equal(from->asyncError(comm, &error), 0);
-  return error;
-}
-
-/* What becomes of it. */
-static int outcome(void *comm) {
-  int state = state_of(comm);
-
-  for (int turns = 0; state == FAKE_IN_PROGRESS && turns < TURNS; turns++) {
-    turn();
-    state = state_of(comm);
-  }
-  return state;
-}
-
-static void reset(void) {
-  doubles->isHeld = false;
-  doubles->failingRank = -1;
-  doubles->launchResult = 0;
-  doubles->made = doubles->failed = doubles->aborted = doubles->ended = doubles->endedByAbort = 0;
-  doubles->launched = doubles->callsBefore = 0;
-  nccl->polls = 1;
-  nccl->initError = nccl->lateSuccess = nccl->result = 0;
-  nccl->childRanks = RANKS;
-  unsetenv("NCCL_COMM_BLOCKING");
-}
-
-static int pending_setup(void **state) {
-  (void)state;
-  if (!isPreload) {
-    record->undo();
-    start();
-  }
-  reset();
-  return 0;
-}
-
-/* Nothing is left of any set-up. */
-static int pending_teardown(void **state) {
-  (void)state;
-  reset();
-  WAIT_UNTIL(doubles->running == 0);
-  return 0;
-}
-
-static int group_preload(void **state) {
-  if (!isPreload)
-    (void)group_setup_with("libtakeover_scheduler.so");
-  else
-    nccl_open();
-  (void)state;
-  doubles = isPreload
-                ? dlsym(RTLD_DEFAULT, "scheduleDouble")
-                : dlsym(library_open("libtakeover_scheduler.so", RTLD_NOW | RTLD_NOLOAD), "scheduleDouble");
-  assert_non_null(doubles);
-  from = client_open("now");
-  return 0;
-}
-
-static void make_later(void **comms) {
-  const fake_id id = next_id();
-
-  for (int rank = 0; rank < RANKS; rank++)
-    assert_int_equal(from->initConfig(&comms[rank], RANKS, id, rank, &later), FAKE_IN_PROGRESS);
-}
-
-static void all_ready(void **comms, int n) {
-  for (int i = n - 1; i >= 0; i--) assert_int_equal(outcome(comms[i]), 0);
-}
-
-static void destroy_all(void **comms, int n) {
-  for (int i = 0; i < n; i++) assert_int_equal(from->destroy(comms[i]), 0);
-}
-
-static int scheduled(void **comms, int n) {
-  int count = 0;
-
-  for (int i = 0; i < n; i++) count += doubles->isScheduled(comms[i]);
-  return count;
-}
 
 /* Refused, and nothing issued. */
 static void check_refused(void *comm) {
@@ -534,6 +414,57 @@ static void test_order(void **state) {
   assert_int_equal(from->destroy(early), 0);
 }
 
+/* A group that is only simulated launches nothing, and the next one is whole. */
+static void test_simulated(void **state) {
+  void *comm;
+  int info;
+
+  (void)state;
+  assert_int_equal(from->init(&comm, 1, next_id(), 0), 0);
+  assert_int_equal(from->groupStart(), 0);
+  assert_int_equal(from->groupStart(), 0);
+  assert_int_equal(from->send(&later, 1, 0, 0, comm, NULL), 0);
+  assert_int_equal(from->groupEnd(), 0);
+  assert_int_equal(from->recv(&later, 1, 0, 0, comm, NULL), 0);
+  assert_int_equal(from->groupSimulateEnd(&info), 0);
+  assert_true(nccl->depth == 0 && nccl->last.recv == &info);
+  assert_int_equal(doubles->launched, 0);
+  assert_int_equal(from->groupStart(), 0);
+  assert_int_equal(from->send(&later, 1, 0, 0, comm, NULL), 0);
+  assert_int_equal(from->groupEnd(), 0);
+  assert_int_equal(doubles->launched, 1);
+  assert_int_equal(from->destroy(comm), 0);
+}
+
+/* What ends the operations of a communicator ends ours, too; those that may follow are NCCL's on all ranks.
+ */
+static void test_revoke(void **state) {
+  void *comms[2], *child;
+  int excluded = 7;
+
+  (void)state;
+  nccl->childRanks = 1;
+  nccl->childRank = 0;
+  for (int i = 0; i < 2; i++) assert_int_equal(from->init(&comms[i], 1, next_id(), 0), 0);
+  assert_int_equal(from->revoke(comms[0], 1), FAKE_INVALID);
+  assert_true(doubles->isScheduled(comms[0]));
+  assert_int_equal(from->revoke(comms[0], 0), 0);
+  assert_false(doubles->isScheduled(comms[0]));
+  assert_int_equal(from->shrink(comms[1], &excluded, 1, &child, NULL, 0), 0);
+  assert_true(doubles->isScheduled(child) && doubles->isScheduled(comms[1]));
+  assert_int_equal(from->destroy(child), 0);
+  assert_int_equal(from->shrink(comms[1], &excluded, 1, &child, NULL, 1), 0);
+  assert_true(doubles->isScheduled(child) && !doubles->isScheduled(comms[1]));
+  assert_int_equal(doubles->endedByAbort, 2);
+  assert_int_equal(from->destroy(child), 0);
+  destroy_all(comms, 2);
+  /* One that is being made. */
+  nccl->polls = NCCL_FOREVER;
+  assert_int_equal(from->initConfig(&comms[0], 1, next_id(), 0, &later), FAKE_IN_PROGRESS);
+  assert_int_equal(from->revoke(comms[0], 0), 0);
+  assert_int_equal(from->abort(comms[0]), 0);
+}
+
 /* ---- several threads, each with communicators of its own ---- */
 static void check_world(planner_random_t *random) {
   const fake_id id = next_id();
@@ -587,9 +518,10 @@ int main(int argc, char **argv) {
       PENDING_TEST(test_group),       PENDING_TEST(test_children),     PENDING_TEST(test_grow),
       PENDING_TEST(test_environment), PENDING_TEST(test_failure),      PENDING_TEST(test_nccl_failure),
       PENDING_TEST(test_abort),       PENDING_TEST(test_abort_parent), PENDING_TEST(test_end),
-      PENDING_TEST(test_order),       PENDING_TEST(test_threads),
+      PENDING_TEST(test_order),       PENDING_TEST(test_threads),      PENDING_TEST(test_simulated),
+      PENDING_TEST(test_revoke),
   };
 
   isPreload = argc > 1 && strcmp(argv[1], "preload") == 0;
-  return cmocka_run_group_tests_name("plugin_pending", tests, group_preload, NULL);
+  return cmocka_run_group_tests_name("plugin_pending", tests, pending_group_setup, NULL);
 }
