@@ -126,6 +126,10 @@ ultraepResult_t nccl_give_up(ncclRank_t *self, const char *phase);
  * given to `run` as a copy, which comes back when the call has ended. */
 typedef int (*ncclCall_t)(const ncclSymbols_t *nccl, ncclComm_t comm, void *argument);
 ultraepResult_t nccl_call(ncclRank_t *self, ncclCall_t run, void *argument, size_t bytes, const char *what);
+/* Between begin and its end, and in threads of nccl_call, NCCL is called for us and not for the program: what
+ * NCCL then asks by its public names may lead to the plugin, which tells the two apart by it. */
+void nccl_own_calls(bool begin);
+bool nccl_is_own_thread(void);
 
 /* Waits for the group's own stream, but not for ever: a rank that never comes leaves NCCL's kernel waiting.
  */

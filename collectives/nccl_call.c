@@ -23,6 +23,16 @@ typedef struct call {
   _Alignas(16) unsigned char argument[CALL_ARGUMENT_BYTES];
 } call_t;
 
+static _Thread_local int callOwn;
+
+void nccl_own_calls(bool begin) {
+  callOwn += begin ? 1 : -1;
+}
+
+bool nccl_is_own_thread(void) {
+  return callOwn > 0;
+}
+
 int64_t nccl_now_ms(void) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -63,6 +73,10 @@ static bool call_is_abandoned(call_t *call) {
 
 static void *call_thread(void *argument) {
   call_t *call = argument;
+  /* What NCCL allocates must not end the capture of another thread. */
+  enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  nccl_own_calls(true);
   (void)cudaSetDevice(call->device);
   int result = call->run(call->nccl, call->comm, call->argument);
   /* A communicator that does not block may have said success before it is done. */

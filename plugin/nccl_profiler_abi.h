@@ -1,4 +1,4 @@
-/* The binary interface between NCCL and a profiler plugin, table versions 1 to 6, after NCCL's public
+/* The binary interface between NCCL and a profiler plugin, table versions 1 to 7, after NCCL's public
  * headers.
  *
  * NCCL looks for ncclProfiler_v<N> in the library it opened, newest N first:
@@ -9,7 +9,8 @@
  *   v3     2.26             events of kernels' channels and of net plugins
  *   v4     2.27             init is told the communicator's name, id, size and rank; events no longer are
  *   v5     2.28             the type has 64 bits; events of API calls and of kernel launches
- *   v6     2.29 and later   events of copy engines
+ *   v6     2.29, 2.30       events of copy engines
+ *   v7     2.31 and later   tags that the program gives its calls; events of phases of kernels
  *
  * init is called once per rank and communicator; startEvent for what the mask asks for, and it gives the
  * event a handle that the other calls are given: null for an event of no interest. Up to 2.27 the events of
@@ -43,7 +44,8 @@ enum {
   NCCL_ABI_EVENT_KERNEL_LAUNCH = 1 << 11,
   NCCL_ABI_EVENT_CE_COLL = 1 << 12, /* v6 */
   NCCL_ABI_EVENT_CE_SYNC = 1 << 13,
-  NCCL_ABI_EVENT_CE_BATCH = 1 << 14
+  NCCL_ABI_EVENT_CE_BATCH = 1 << 14,
+  NCCL_ABI_EVENT_KERNEL_PHASE = 1 << 15 /* v7; NCCL gives it with its kernel's channel alone */
 };
 
 /* States of recordEventState that matter here. */
@@ -57,7 +59,9 @@ enum {
   NCCL_ABI_STATE_NET_UPDATE = 21,
   NCCL_ABI_STATE_KERNEL_STOP = 22,
   NCCL_ABI_STATE_GROUP_START_STOP = 23, /* v5 */
-  NCCL_ABI_STATE_GROUP_END_START = 24
+  NCCL_ABI_STATE_GROUP_END_START = 24,
+  NCCL_ABI_STATE_CE_LAST = 30,          /* v6 */
+  NCCL_ABI_STATE_KERNEL_PHASE_STOP = 31 /* v7 */
 };
 
 /* ncclFunc_t of 2.23. */
@@ -296,6 +300,76 @@ typedef struct {
   };
 } nccl_abi_event_v6_t;
 
+/* v6's members, where they were; behind them what is new. `tag`: the program's, 0: none. */
+typedef struct {
+  uint64_t type;
+  void *parent;
+  int rank;
+  union {
+    nccl_abi_event_facts_v5_t facts;
+    struct {
+      const char *function;
+      size_t count;
+      const char *dataType;
+      int root;
+      void *stream;
+      bool isCaptured;
+      uint64_t tag;
+    } collApi;
+    struct {
+      const char *function;
+      size_t count;
+      const char *dataType;
+      void *stream;
+      bool isCaptured;
+      uint64_t tag;
+    } p2pApi;
+    struct {
+      uint64_t sequence;
+      const char *function;
+      const void *send;
+      void *recv;
+      size_t count;
+      int root;
+      const char *dataType;
+      uint8_t nChannels, nWarps;
+      const char *algorithm, *protocol;
+      void *parentGroup;
+      const char *kernel; /* of symmetric memory; null: another one */
+      bool isSymmetric;
+      uint64_t tag;
+    } coll;
+    struct {
+      const char *function;
+      void *buffer;
+      const char *dataType;
+      size_t count;
+      int peer;
+      uint8_t nChannels;
+      void *parentGroup;
+      uint64_t tag;
+    } p2p;
+    struct {
+      uint64_t sequence;
+      const char *function;
+      const void *send;
+      void *recv;
+      size_t count;
+      int root;
+      const char *dataType, *syncStrategy;
+      bool syncsInBatch;
+      uint32_t batchSize, nBatches, ceSequence;
+      void *stream;
+      uint64_t tag;
+    } ceColl;
+    struct {
+      uint8_t channel, phase;
+      const char *name;
+      uint64_t startTime; /* on the GPU */
+    } kernelPhase;
+  };
+} nccl_abi_event_v7_t;
+
 /* ---- what comes with a state ---- */
 typedef union { /* v1 to v3 */
   struct {
@@ -305,11 +379,11 @@ typedef union { /* v1 to v3 */
   int nAppended; /* operations, to the proxy's list */
 } nccl_abi_state_v1_t;
 
-typedef union { /* v4 to v6 */
+typedef union { /* v4 to v7 */
   size_t stepBytes;
   int nAppended;
   void *netData;
-  uint64_t stopTime; /* of a kernel's channel, on the GPU */
+  uint64_t stopTime; /* of a kernel's channel or phase, on the GPU */
 } nccl_abi_state_v4_t;
 
 /* ---- the tables ----
@@ -334,7 +408,7 @@ typedef struct {
   ultraepResult_t (*finalize)(void *context);
 } nccl_abi_profiler_v4_t;
 
-typedef struct { /* v5 and v6 */
+typedef struct { /* v5 to v7 */
   const char *name;
   ultraepResult_t (*init)(void **context, uint64_t commHash, int *mask, const char *commName, int nNodes,
                           int nRanks, int rank, nccl_abi_logger_t logger);
@@ -344,7 +418,7 @@ typedef struct { /* v5 and v6 */
   ultraepResult_t (*finalize)(void *context);
 } nccl_abi_profiler_v5_t;
 
-enum { NCCL_ABI_PROFILER_NEWEST = 6 };
+enum { NCCL_ABI_PROFILER_NEWEST = 7 };
 
 /* ---- layout ---- */
 static_assert(sizeof(pid_t) == 4 && sizeof(bool) == 1, "as in NCCL");
@@ -358,6 +432,13 @@ static_assert(sizeof(nccl_abi_event_v5_t) == 112 && offsetof(nccl_abi_event_v5_t
 static_assert(sizeof(nccl_abi_event_v6_t) == 112 && offsetof(nccl_abi_event_v6_t, facts.p2p.peer) == 56,
               "v6");
 static_assert(offsetof(nccl_abi_event_v6_t, ceColl.stream) == 104, "v6");
+static_assert(sizeof(nccl_abi_event_v7_t) == 136 && offsetof(nccl_abi_event_v7_t, p2p.peer) == 56, "v7");
+static_assert(offsetof(nccl_abi_event_v7_t, p2p.tag) == 72 && offsetof(nccl_abi_event_v7_t, coll.tag) == 128,
+              "v7");
+static_assert(offsetof(nccl_abi_event_v7_t, collApi.tag) == 72 &&
+                  offsetof(nccl_abi_event_v7_t, p2pApi.tag) == 64 &&
+                  offsetof(nccl_abi_event_v7_t, ceColl.tag) == 112,
+              "v7");
 static_assert(sizeof(nccl_abi_state_v1_t) == 16 && sizeof(nccl_abi_state_v4_t) == 8, "states");
 static_assert(sizeof(nccl_abi_profiler_v1_t) == 6 * sizeof(void *) &&
                   sizeof(nccl_abi_profiler_v4_t) == 6 * sizeof(void *) &&
@@ -370,5 +451,6 @@ ULTRAEP_API extern const nccl_abi_profiler_v1_t ncclProfiler_v3;
 ULTRAEP_API extern const nccl_abi_profiler_v4_t ncclProfiler_v4;
 ULTRAEP_API extern const nccl_abi_profiler_v5_t ncclProfiler_v5;
 ULTRAEP_API extern const nccl_abi_profiler_v5_t ncclProfiler_v6;
+ULTRAEP_API extern const nccl_abi_profiler_v5_t ncclProfiler_v7;
 
 #endif

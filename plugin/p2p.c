@@ -1,6 +1,7 @@
 #include "p2p.h"
 
 #include "comm_id.h"
+#include "p2p_pending.h"
 #include "schedule.h"
 #include "settings.h"
 #include "traffic.h"
@@ -30,6 +31,8 @@ const char *const p2pNames[P2P_CALLS] = {
     [P2P_COMM_SHRINK] = "ncclCommShrink",
     [P2P_COMM_GROW] = "ncclCommGrow",
     [P2P_COMM_ASYNC_ERROR] = "ncclCommGetAsyncError",
+    [P2P_COMM_REVOKE] = "ncclCommRevoke",
+    [P2P_GROUP_SIMULATE_END] = "ncclGroupSimulateEnd",
 };
 
 const void *const p2pHooks[P2P_CALLS] = {
@@ -53,6 +56,8 @@ const void *const p2pHooks[P2P_CALLS] = {
     [P2P_COMM_SHRINK] = (const void *)p2p_comm_shrink,
     [P2P_COMM_GROW] = (const void *)p2p_comm_grow,
     [P2P_COMM_ASYNC_ERROR] = (const void *)p2p_comm_async_error,
+    [P2P_COMM_REVOKE] = (const void *)p2p_comm_revoke,
+    [P2P_GROUP_SIMULATE_END] = (const void *)p2p_group_simulate_end,
 };
 
 /* Any thread reads these in every call, so they are atomics without order: whoever makes the calls reachable
@@ -61,10 +66,14 @@ static _Atomic(void *) p2pOriginals[P2P_CALLS];
 static _Atomic(p2p_ask_fn) p2pCommCount, p2pCommUserRank;
 static _Atomic(void (*)(void)) p2pWatch;
 static atomic_bool p2pCounts;
-/* In a call that is counted as a whole: where we stand before NCCL for everybody (preload), its own sends
- * pass here, too. */
-static _Thread_local bool p2pInside;
-static _Thread_local int p2pDepth; /* groups that this thread is in */
+static _Thread_local struct {
+  /* In a call that is counted as a whole: where we stand before NCCL for everybody (preload), its own sends
+   * pass here, too. */
+  bool isInside;
+  int depth;      /* groups that the thread is in */
+  int groupError; /* why we refused a call of the group; 0: we did not */
+  bool hasOurs;   /* the group has calls of ours */
+} p2pThread;
 
 #define P2P_LOAD(object) atomic_load_explicit(&(object), memory_order_relaxed)
 #define P2P_STORE(object, value) atomic_store_explicit(&(object), (value), memory_order_relaxed)
@@ -85,7 +94,7 @@ void p2p_group_watch(void (*watch)(void)) {
 }
 
 int p2p_group_depth(void) {
-  return p2pDepth;
+  return p2pThread.depth;
 }
 
 bool p2p_counts(void) {
@@ -132,7 +141,7 @@ static trafficComm_t *p2p_record_open(void *comm) {
 static trafficComm_t *p2p_record(void *comm) {
   trafficComm_t *record;
 
-  if (!comm || p2pInside || !P2P_LOAD(p2pCounts)) return NULL;
+  if (!comm || p2pThread.isInside || !P2P_LOAD(p2pCounts)) return NULL;
   record = traffic_comm_find(comm);
   return record ? record : p2p_record_open(comm);
 }
@@ -150,6 +159,20 @@ void p2p_comm_gone(const void *comm) {
 }
 
 /* ---- by our own kernel ---- */
+/* As with NCCL, a call that is refused ends its group, too. */
+static int p2p_refused(int result) {
+  if (p2pThread.depth == 0) return result;
+  if (p2pThread.groupError == P2P_NCCL_SUCCESS) p2pThread.groupError = result;
+  p2pThread.hasOurs = true;
+  return result;
+}
+
+/* The program has not been told yet that the communicator is ready. What NCCL itself calls for us may pass.
+ */
+static bool p2p_is_early(const void *comm) {
+  return p2p_pending(comm) && !p2p_pending_passes();
+}
+
 static int p2p_schedule(scheduleComm_t *scheduled, const void *buffer, size_t count, int type, int peer,
                         void *stream, bool isRecv) {
   const scheduleOp_t op = {.buffer = (void *)(uintptr_t)buffer,
@@ -158,19 +181,35 @@ static int p2p_schedule(scheduleComm_t *scheduled, const void *buffer, size_t co
                            .peer = peer,
                            .isRecv = isRecv};
 
-  if (p2p_type_bytes(type) == 0 || count > SIZE_MAX / 16) return P2P_NCCL_INVALID_ARGUMENT;
-  return schedule_add(scheduled, &op, p2pDepth);
+  int result = P2P_NCCL_INVALID_ARGUMENT;
+
+  if (p2p_type_bytes(type) != 0 && count <= SIZE_MAX / 16)
+    result = schedule_add(scheduled, &op, p2pThread.depth);
+  if (p2pThread.depth > 0) p2pThread.hasOurs = true;
+  return result == P2P_NCCL_SUCCESS ? result : p2p_refused(result);
 }
 
 static const char *p2p_part(const void *buffer, int rank, size_t count, int type) {
   return (const char *)buffer + (size_t)rank * p2p_bytes(count, type);
 }
 
+/* The thread's outermost group: launches what it has of ours, unless a call was refused. */
+static int p2p_schedule_group_end(void) {
+  const int refused = p2pThread.groupError;
+  int launched;
+
+  if (!p2pThread.hasOurs) return refused;
+  p2pThread.groupError = P2P_NCCL_SUCCESS;
+  p2pThread.hasOurs = false;
+  launched = schedule_group_ended(refused == P2P_NCCL_SUCCESS);
+  return refused == P2P_NCCL_SUCCESS ? launched : refused;
+}
+
 /* A group of its own, unless the thread is in one. */
 static int p2p_schedule_end(int result) {
-  int ended = p2pDepth == 1 ? schedule_group_ended(result == P2P_NCCL_SUCCESS) : P2P_NCCL_SUCCESS;
+  int ended = p2pThread.depth == 1 ? p2p_schedule_group_end() : P2P_NCCL_SUCCESS;
 
-  p2pDepth--;
+  p2pThread.depth--;
   return result == P2P_NCCL_SUCCESS ? ended : result;
 }
 
@@ -178,7 +217,7 @@ static int p2p_schedule_all(scheduleComm_t *scheduled, const void *send, const v
                             int type, void *stream) {
   int result = P2P_NCCL_SUCCESS;
 
-  p2pDepth++;
+  p2pThread.depth++;
   for (int r = 0; r < schedule_comm_ranks(scheduled) && result == P2P_NCCL_SUCCESS; r++) {
     result = p2p_schedule(scheduled, p2p_part(send, r, count, type), count, type, r, stream, false);
     if (result == P2P_NCCL_SUCCESS)
@@ -192,7 +231,7 @@ static int p2p_schedule_rooted(scheduleComm_t *scheduled, const void *one, const
                                int type, int root, int rank, void *stream, bool toRoot) {
   int result;
 
-  p2pDepth++;
+  p2pThread.depth++;
   result = p2p_schedule(scheduled, one, count, type, root, stream, !toRoot);
   for (int r = 0; rank == root && r < schedule_comm_ranks(scheduled) && result == P2P_NCCL_SUCCESS; r++)
     result = p2p_schedule(scheduled, p2p_part(many, r, count, type), count, type, r, stream, toRoot);
@@ -202,28 +241,34 @@ static int p2p_schedule_rooted(scheduleComm_t *scheduled, const void *one, const
 /* ---- the calls ---- */
 int p2p_send(const void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
   p2p_send_fn original = (p2p_send_fn)p2p_original(P2P_SEND);
-  trafficComm_t *record = p2p_record(comm);
+  trafficComm_t *record;
   scheduleComm_t *scheduled;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  scheduled = schedule_find(comm);
+  if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
+  record = p2p_record(comm);
+  scheduled = schedule_hold(comm);
   result = scheduled ? p2p_schedule(scheduled, buffer, count, type, peer, stream, false)
                      : original(buffer, count, type, peer, comm, stream);
+  schedule_release(scheduled);
   if (p2p_issued(result)) traffic_count(record, TRAFFIC_SEND, peer, p2p_bytes(count, type));
   return result;
 }
 
 int p2p_recv(void *buffer, size_t count, int type, int peer, void *comm, void *stream) {
   p2p_recv_fn original = (p2p_recv_fn)p2p_original(P2P_RECV);
-  trafficComm_t *record = p2p_record(comm);
+  trafficComm_t *record;
   scheduleComm_t *scheduled;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  scheduled = schedule_find(comm);
+  if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
+  record = p2p_record(comm);
+  scheduled = schedule_hold(comm);
   result = scheduled ? p2p_schedule(scheduled, buffer, count, type, peer, stream, true)
                      : original(buffer, count, type, peer, comm, stream);
+  schedule_release(scheduled);
   if (p2p_issued(result)) traffic_count(record, TRAFFIC_RECV, peer, p2p_bytes(count, type));
   return result;
 }
@@ -231,10 +276,12 @@ int p2p_recv(void *buffer, size_t count, int type, int peer, void *comm, void *s
 int p2p_put_signal(const void *buffer, size_t count, int type, int peer, void *window, size_t offset,
                    int signal, int context, unsigned flags, void *comm, void *stream) {
   p2p_put_fn original = (p2p_put_fn)p2p_original(P2P_PUT_SIGNAL);
-  trafficComm_t *record = p2p_record(comm);
+  trafficComm_t *record;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
+  record = p2p_record(comm);
   result = original(buffer, count, type, peer, window, offset, signal, context, flags, comm, stream);
   if (p2p_issued(result)) traffic_count(record, TRAFFIC_SEND, peer, p2p_bytes(count, type));
   return result;
@@ -246,39 +293,56 @@ int p2p_group_start(void) {
 
   if (watch) watch();
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  p2pDepth++;
+  p2pThread.depth++;
   return original();
 }
 
-/* A thread may leave a group that it entered before we were there. */
+/* A thread may leave a group that it entered before we were there. Ours goes first: schedule.h. */
 int p2p_group_end(void) {
   p2p_group_fn original = (p2p_group_fn)p2p_original(P2P_GROUP_END);
-  int result, scheduled;
+  int result, scheduled = P2P_NCCL_SUCCESS;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (p2pThread.depth <= 1) scheduled = p2p_schedule_group_end();
   result = original();
-  if (p2pDepth > 0) p2pDepth--;
-  if (p2pDepth > 0) return result;
-  p2p_comm_group_ended(result);
-  scheduled = schedule_group_ended(p2p_issued(result));
-  return result == P2P_NCCL_SUCCESS ? scheduled : result;
+  if (p2pThread.depth > 0) p2pThread.depth--;
+  if (p2pThread.depth > 0) return result;
+  result = p2p_pending_group_ended(result);
+  return p2p_issued(result) && scheduled != P2P_NCCL_SUCCESS ? scheduled : result;
+}
+
+int p2p_group_simulate_end(void *info) {
+  p2p_simulate_fn original = (p2p_simulate_fn)p2p_original(P2P_GROUP_SIMULATE_END);
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (p2pThread.depth <= 1) {
+    (void)p2p_refused(P2P_NCCL_INVALID_USAGE); /* what is collected is dropped */
+    (void)p2p_schedule_group_end();
+  }
+  result = original(info);
+  if (p2pThread.depth > 0) p2pThread.depth--;
+  return p2pThread.depth == 0 ? p2p_pending_group_ended(result) : result;
 }
 
 /* Every rank sends count elements to every other and itself, and receives as much. */
 static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t count, int type, void *comm,
                    void *stream) {
   p2p_all_fn original = (p2p_all_fn)p2p_original(call);
-  trafficComm_t *record = p2p_record(comm);
+  trafficComm_t *record;
   scheduleComm_t *scheduled;
-  const bool inside = p2pInside;
+  const bool inside = p2pThread.isInside;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  p2pInside = true;
-  scheduled = schedule_find(comm);
+  if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
+  record = p2p_record(comm);
+  p2pThread.isInside = true;
+  scheduled = schedule_hold(comm);
   result = scheduled ? p2p_schedule_all(scheduled, send, recv, count, type, stream)
                      : original(send, recv, count, type, comm, stream);
-  p2pInside = inside;
+  schedule_release(scheduled);
+  p2pThread.isInside = inside;
   if (!p2p_issued(result)) return result;
   traffic_count_all(record, TRAFFIC_SEND, p2p_bytes(count, type));
   traffic_count_all(record, TRAFFIC_RECV, p2p_bytes(count, type));
@@ -291,14 +355,16 @@ static int p2p_rooted(enum p2p_call call, const void *send, void *recv, size_t c
   const trafficDirection_t toRoot = call == P2P_GATHER ? TRAFFIC_SEND : TRAFFIC_RECV;
   const trafficDirection_t atRoot = call == P2P_GATHER ? TRAFFIC_RECV : TRAFFIC_SEND;
   p2p_rooted_fn original = (p2p_rooted_fn)p2p_original(call);
-  trafficComm_t *record = p2p_record(comm);
+  trafficComm_t *record;
   scheduleComm_t *scheduled;
-  const bool inside = p2pInside;
+  const bool inside = p2pThread.isInside;
   int result, rank;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  p2pInside = true;
-  scheduled = schedule_find(comm);
+  if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
+  record = p2p_record(comm);
+  p2pThread.isInside = true;
+  scheduled = schedule_hold(comm);
   if (!scheduled)
     result = original(send, recv, count, type, root, comm, stream);
   else if (P2P_LOAD(p2pCommUserRank)(comm, &rank) != P2P_NCCL_SUCCESS)
@@ -307,7 +373,8 @@ static int p2p_rooted(enum p2p_call call, const void *send, void *recv, size_t c
     result =
         p2p_schedule_rooted(scheduled, call == P2P_GATHER ? send : recv, call == P2P_GATHER ? recv : send,
                             count, type, root, rank, stream, call == P2P_GATHER);
-  p2pInside = inside;
+  schedule_release(scheduled);
+  p2pThread.isInside = inside;
   if (!p2p_issued(result)) return result;
   traffic_count(record, toRoot, root, p2p_bytes(count, type));
   if (traffic_comm_rank(record) == root) traffic_count_all(record, atRoot, p2p_bytes(count, type));
@@ -333,12 +400,17 @@ int p2p_scatter(const void *send, void *recv, size_t count, int type, int root, 
 /* Before the original: after it another communicator may have got the same address. */
 static int p2p_comm_end(enum p2p_call call, void *comm, void (*note)(const void *comm)) {
   p2p_comm_fn original = (p2p_comm_fn)p2p_original(call);
+  int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (!p2p_pending_end(comm, call == P2P_COMM_ABORT)) return P2P_NCCL_INVALID_ARGUMENT;
   schedule_comm_ends(comm, call == P2P_COMM_ABORT);
   note(comm);
   p2p_comm_gone(comm);
-  return original(comm);
+  p2p_pending_pass(true);
+  result = original(comm);
+  p2p_pending_pass(false);
+  return result;
 }
 
 int p2p_comm_destroy(void *comm) {
@@ -347,6 +419,23 @@ int p2p_comm_destroy(void *comm) {
 
 int p2p_comm_abort(void *comm) {
   return p2p_comm_end(P2P_COMM_ABORT, comm, p2p_comm_forget);
+}
+
+/* Ends what is under way on all ranks, and no operation may follow; children may. */
+int p2p_comm_revoke(void *comm, int flags) {
+  p2p_revoke_fn original = (p2p_revoke_fn)p2p_original(P2P_COMM_REVOKE);
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (flags != 0) return original(comm, flags); /* refused */
+  (void)p2p_pending_end(comm, true);
+  schedule_comm_ends(comm, true);
+  comm_id_end(comm);
+  p2p_comm_gone(comm);
+  p2p_pending_pass(true);
+  result = original(comm, flags);
+  p2p_pending_pass(false);
+  return result;
 }
 
 /* No operation may follow it, so the record ends here already. */

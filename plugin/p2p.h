@@ -31,6 +31,8 @@ enum p2p_call {
   P2P_COMM_SHRINK,
   P2P_COMM_GROW,
   P2P_COMM_ASYNC_ERROR,
+  P2P_COMM_REVOKE,
+  P2P_GROUP_SIMULATE_END,
   P2P_CALLS
 };
 
@@ -71,6 +73,8 @@ typedef int (*p2p_shrink_fn)(void *parent, int *excluded, int nExcluded, void **
 typedef int (*p2p_grow_fn)(void *parent, int nRanks, const p2p_unique_id_t *id, int rank, void **comm,
                            void *config);
 typedef int (*p2p_error_fn)(void *comm, int *error);
+typedef int (*p2p_revoke_fn)(void *comm, int flags);
+typedef int (*p2p_simulate_fn)(void *info);
 
 /* By enum p2p_call: NCCL's names, and our functions under them. */
 extern const char *const p2pNames[P2P_CALLS];
@@ -99,6 +103,9 @@ int p2p_comm_split(void *parent, int colour, int key, void **comm, void *config)
 int p2p_comm_shrink(void *parent, int *excluded, int nExcluded, void **comm, void *config, int flags);
 int p2p_comm_grow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank, void **comm, void *config);
 int p2p_comm_async_error(void *comm, int *error);
+int p2p_comm_revoke(void *comm, int flags);
+/* A group's end that launches nothing. */
+int p2p_group_simulate_end(void *info);
 
 /* The NCCL that the calls above go to. A call that it lacks is null. */
 struct p2p_nccl {
@@ -115,8 +122,6 @@ void *p2p_original(enum p2p_call call);
 void p2p_group_watch(void (*watch)(void));
 /* Groups that this thread is in. */
 int p2p_group_depth(void);
-/* The thread's group has ended with that result: communicators made in it are there. */
-void p2p_comm_group_ended(int result);
 /* Before the communicator's end: what is kept to know it and its children. */
 void p2p_comm_forget(const void *comm);
 /* The communicator goes: its record ends. Also for those whose end only NCCL's plugin calls tell. */

@@ -1,9 +1,9 @@
 /* The calls that make communicators: the originals, and each new communicator's id (comm_id.h). */
 #include "comm_id.h"
 #include "p2p.h"
+#include "p2p_pending.h"
 #include "schedule.h"
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,108 +11,32 @@
 #include <unistd.h>
 
 enum { COMM_NO_COLOUR = -1 };               /* of a split: the rank gets no communicator */
+enum { COMM_SHRINK_ABORT = 1 };             /* a flag: first ends what is under way on the parent */
 enum { COMM_KIND_SPLIT, COMM_KIND_SHRINK }; /* what a child's id is made of, besides the colour */
 
-/* A communicator that is asked for and not there yet: NCCL will put its handle where the caller said, and
- * that place is the caller's until it is told that all is done, by the group's end or, from a non-blocking
- * parent, by ncclCommGetAsyncError. */
-typedef struct comm_awaited {
-  void **place;
-  uint64_t id;
-  const void *parent;
-  const void *thread; /* in whose group it is asked for; null: the parent says when */
-  struct comm_awaited *next;
-} comm_awaited_t;
-
-static pthread_mutex_t commAwaitedLock = PTHREAD_MUTEX_INITIALIZER;
-static comm_awaited_t *commAwaited;
-static atomic_int commAwaitedCount;
-static _Thread_local char commThread; /* its address names the thread */
-
-static void comm_awaited_add(void **place, uint64_t id, const void *parent, const void *thread) {
-  comm_awaited_t *awaited = calloc(1, sizeof(*awaited));
-
-  if (!awaited) return;
-  *awaited = (comm_awaited_t){.place = place, .id = id, .parent = parent, .thread = thread};
-  pthread_mutex_lock(&commAwaitedLock);
-  awaited->next = commAwaited;
-  commAwaited = awaited;
-  atomic_fetch_add(&commAwaitedCount, 1);
-  pthread_mutex_unlock(&commAwaitedLock);
-}
-
-/* ---- for schedule.h: ready communicators that this thread's group has made ---- */
-enum { COMM_READY = 64 }; /* further ones are left to NCCL, on all ranks alike */
-static _Thread_local struct {
-  void *comms[COMM_READY];
-  int n;
-} commReady;
-
-static void comm_ready_add(void *comm) {
-  if (comm && commReady.n < COMM_READY) commReady.comms[commReady.n++] = comm;
-}
-static void comm_ready_end(bool isReady) {
-  int n = commReady.n;
-
-  commReady.n = 0;
-  if (isReady && n > 0) schedule_comms_made(commReady.comms, n);
-}
-
-static void comm_awaited_done(comm_awaited_t *awaited, int result) {
-  if (result == P2P_NCCL_SUCCESS && awaited->id != 0) comm_id_set(*awaited->place, awaited->id);
-  if (result == P2P_NCCL_SUCCESS && awaited->thread) comm_ready_add(*awaited->place);
-  free(awaited);
-  atomic_fetch_sub(&commAwaitedCount, 1);
-}
-
-/* What the thread's group (thread) or the parent (thread null) now has done, or failed to do. */
-static void comm_awaited_end(const void *thread, const void *parent, int result) {
-  comm_awaited_t **at = &commAwaited;
-
-  pthread_mutex_lock(&commAwaitedLock);
-  while (*at) {
-    comm_awaited_t *awaited = *at;
-
-    if (awaited->thread != thread || (!thread && awaited->parent != parent)) {
-      at = &awaited->next;
-    } else if (result == P2P_NCCL_IN_PROGRESS) {
-      awaited->thread = NULL;
-      at = &awaited->next;
-    } else {
-      *at = awaited->next;
-      comm_awaited_done(awaited, result);
-    }
-  }
-  pthread_mutex_unlock(&commAwaitedLock);
-}
-
-void p2p_comm_group_ended(int result) {
-  if (atomic_load_explicit(&commAwaitedCount, memory_order_relaxed) > 0)
-    comm_awaited_end(&commThread, NULL, result);
-  comm_ready_end(result == P2P_NCCL_SUCCESS);
-}
-
 void p2p_comm_forget(const void *comm) {
-  if (atomic_load_explicit(&commAwaitedCount, memory_order_relaxed) > 0)
-    comm_awaited_end(NULL, comm, P2P_NCCL_INVALID_USAGE);
+  p2p_pending_forget(comm);
   comm_id_forget(comm);
 }
 
 int p2p_comm_async_error(void *comm, int *error) {
   p2p_error_fn original = (p2p_error_fn)p2p_original(P2P_COMM_ASYNC_ERROR);
+  scheduleComm_t *scheduled;
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (!error || p2p_pending_passes()) return original(comm, error);
+  if (p2p_pending(comm)) {
+    *error = P2P_NCCL_IN_PROGRESS;
+    return P2P_NCCL_SUCCESS;
+  }
   result = original(comm, error);
-  if (result == P2P_NCCL_SUCCESS && *error == P2P_NCCL_SUCCESS) {
-    const scheduleComm_t *scheduled = schedule_find(comm);
-
-    if (scheduled) *error = schedule_comm_error(scheduled);
-  }
-  if (result == P2P_NCCL_SUCCESS && atomic_load_explicit(&commAwaitedCount, memory_order_relaxed) > 0 &&
-      *error != P2P_NCCL_IN_PROGRESS) {
-    comm_awaited_end(NULL, comm, *error);
-  }
+  if (result != P2P_NCCL_SUCCESS) return result;
+  p2p_pending_seen(comm, *error);
+  if (*error != P2P_NCCL_SUCCESS) return result;
+  scheduled = schedule_hold(comm);
+  if (scheduled) *error = schedule_comm_error(scheduled);
+  schedule_release(scheduled);
   return result;
 }
 
@@ -124,35 +48,59 @@ static void comm_made(const void *comm, uint64_t id) {
 }
 
 /* The handle is there at once, also in a group and from a non-blocking call. */
-static int comm_made_by_ids(int result, void *const *comm, const p2p_unique_id_t *ids, int nIds, int nRanks) {
+static int comm_made_by_ids(int result, const p2pMade_t *made, const p2p_unique_id_t *ids, int nIds,
+                            int nRanks) {
   if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
-  if (comm && *comm && ids && nIds > 0)
-    comm_made(*comm, comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)));
-  if (comm && result == P2P_NCCL_SUCCESS) comm_ready_add(*comm);
-  if (p2p_group_depth() == 0) comm_ready_end(true);
-  return result;
+  if (!made->place || !*made->place) return result;
+  if (ids && nIds > 0)
+    comm_made(*made->place, comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)));
+  return p2p_pending_made(made, 1, result);
 }
 
 int p2p_comm_init_rank(void **comm, int nRanks, p2p_unique_id_t id, int rank) {
   p2p_init_rank_fn original = (p2p_init_rank_fn)p2p_original(P2P_COMM_INIT_RANK);
 
+  int result;
+
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  return comm_made_by_ids(original(comm, nRanks, id, rank), comm, &id, 1, nRanks);
+  p2p_pending_pass(true);
+  result = original(comm, nRanks, id, rank);
+  p2p_pending_pass(false);
+  return comm_made_by_ids(
+      result,
+      &(p2pMade_t){.place = comm, .isNonBlocking = p2p_pending_non_blocking(NULL, NULL), .waits = true}, &id,
+      1, nRanks);
 }
 
 int p2p_comm_init_rank_config(void **comm, int nRanks, p2p_unique_id_t id, int rank, void *config) {
   p2p_init_rank_config_fn original = (p2p_init_rank_config_fn)p2p_original(P2P_COMM_INIT_RANK_CONFIG);
 
+  int result;
+
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  return comm_made_by_ids(original(comm, nRanks, id, rank, config), comm, &id, 1, nRanks);
+  p2p_pending_pass(true);
+  result = original(comm, nRanks, id, rank, config);
+  p2p_pending_pass(false);
+  return comm_made_by_ids(
+      result,
+      &(p2pMade_t){.place = comm, .isNonBlocking = p2p_pending_non_blocking(config, NULL), .saysState = true},
+      &id, 1, nRanks);
 }
 
 int p2p_comm_init_rank_scalable(void **comm, int nRanks, int rank, int nIds, const p2p_unique_id_t *ids,
                                 void *config) {
   p2p_init_rank_scalable_fn original = (p2p_init_rank_scalable_fn)p2p_original(P2P_COMM_INIT_RANK_SCALABLE);
 
+  int result;
+
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  return comm_made_by_ids(original(comm, nRanks, rank, nIds, ids, config), comm, ids, nIds, nRanks);
+  p2p_pending_pass(true);
+  result = original(comm, nRanks, rank, nIds, ids, config);
+  p2p_pending_pass(false);
+  return comm_made_by_ids(
+      result,
+      &(p2pMade_t){.place = comm, .isNonBlocking = p2p_pending_non_blocking(config, NULL), .saysState = true},
+      ids, nIds, nRanks);
 }
 
 /* All ranks are here, so any id will do that no other process has. */
@@ -173,80 +121,88 @@ static uint64_t comm_id_local(void) {
   return comm_id_hash(0, &bytes, sizeof(bytes));
 }
 
-int p2p_comm_init_all(void **comms, int nDevices, const int *devices) {
-  p2p_init_all_fn original = (p2p_init_all_fn)p2p_original(P2P_COMM_INIT_ALL);
-  uint64_t id;
-  int result;
+static int comm_all_made(int result, void **comms, int nDevices) {
+  const uint64_t id = comm_id_local();
+  const bool isNonBlocking = p2p_pending_non_blocking(NULL, NULL);
+  p2pMade_t *made = calloc((size_t)nDevices, sizeof(*made));
 
-  if (!original) return P2P_NCCL_INVALID_USAGE;
-  result = original(comms, nDevices, devices);
-  if (!p2p_counts() || result != P2P_NCCL_SUCCESS || !comms) return result;
-  id = comm_id_local();
   for (int i = 0; i < nDevices; i++) {
     comm_made(comms[i], id);
-    comm_ready_add(comms[i]);
+    if (made) made[i] = (p2pMade_t){.place = &comms[i], .isNonBlocking = isNonBlocking, .waits = true};
   }
-  if (p2p_group_depth() == 0) comm_ready_end(true);
+  if (made)
+    result = p2p_pending_made(made, nDevices, result);
+  else if (schedule_is_wanted())
+    result = P2P_NCCL_SYSTEM_ERROR;
+  free(made);
   return result;
 }
 
-/* ---- from other communicators: the handle may come later ---- */
-static int comm_made_by_parent(int result, void **comm, const void *parent, uint64_t id) {
-  if ((result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS) || !comm) return result;
-  if (p2p_group_depth() > 0) {
-    comm_awaited_add(comm, id, parent, &commThread);
-  } else if (result == P2P_NCCL_IN_PROGRESS) {
-    comm_awaited_add(comm, id, parent, NULL);
-  } else if (*comm) {
-    if (id != 0) comm_made(*comm, id);
-    comm_ready_add(*comm);
-    comm_ready_end(true);
-  }
-  return result;
-}
-
-int p2p_comm_split(void *parent, int colour, int key, void **comm, void *config) {
-  p2p_split_fn original = (p2p_split_fn)p2p_original(P2P_COMM_SPLIT);
-  uint64_t id;
+int p2p_comm_init_all(void **comms, int nDevices, const int *devices) {
+  p2p_init_all_fn original = (p2p_init_all_fn)p2p_original(P2P_COMM_INIT_ALL);
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  p2p_pending_pass(true);
+  result = original(comms, nDevices, devices);
+  p2p_pending_pass(false);
+  if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
+  return comms && nDevices > 0 ? comm_all_made(result, comms, nDevices) : result;
+}
+
+/* ---- from other communicators ---- */
+/* The handle may come later. A parent that is pending itself is refused, as NCCL refuses one in progress. */
+int p2p_comm_split(void *parent, int colour, int key, void **comm, void *config) {
+  p2p_split_fn original = (p2p_split_fn)p2p_original(P2P_COMM_SPLIT);
+  p2pMade_t made = {.place = comm, .parent = parent};
+  int result;
+
+  if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (p2p_pending(parent)) return P2P_NCCL_INVALID_ARGUMENT;
+  made.isNonBlocking = p2p_pending_non_blocking(config, parent);
   /* Ranks that get none are asked, too, so that all count alike. */
-  id = comm_id_child(parent, (uint64_t)(uint32_t)colour << 8 | COMM_KIND_SPLIT);
+  made.id = comm_id_child(parent, (uint64_t)(uint32_t)colour << 8 | COMM_KIND_SPLIT);
+  p2p_pending_pass(true);
   result = original(parent, colour, key, comm, config);
-  return colour != COMM_NO_COLOUR ? comm_made_by_parent(result, comm, parent, id) : result;
+  p2p_pending_pass(false);
+  if (!p2p_counts() || !comm || colour == COMM_NO_COLOUR) return result;
+  return p2p_pending_made(&made, 1, result);
 }
 
 int p2p_comm_shrink(void *parent, int *excluded, int nExcluded, void **comm, void *config, int flags) {
   p2p_shrink_fn original = (p2p_shrink_fn)p2p_original(P2P_COMM_SHRINK);
-  uint64_t id;
+  p2pMade_t made = {.place = comm, .parent = parent};
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
-  id = comm_id_child(parent, COMM_KIND_SHRINK);
+  if (p2p_pending(parent)) return P2P_NCCL_INVALID_ARGUMENT;
+  made.isNonBlocking = p2p_pending_non_blocking(config, parent);
+  made.id = comm_id_child(parent, COMM_KIND_SHRINK);
+  /* Our kernels, too, may wait for a rank that is gone. */
+  if (flags & COMM_SHRINK_ABORT) schedule_comm_ends(parent, true);
+  p2p_pending_pass(true);
   result = original(parent, excluded, nExcluded, comm, config, flags);
-  return comm_made_by_parent(result, comm, parent, id);
+  p2p_pending_pass(false);
+  return p2p_counts() && comm ? p2p_pending_made(&made, 1, result) : result;
 }
 
 /* New ranks have the unique id alone, old ones the parent alone: no id of ours that both could compute. The
- * parent counts its child. */
+ * parent counts its child. All ranks of the new communicator are in this call, and its handle is there at
+ * once: it says itself when it is ready. */
 int p2p_comm_grow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank, void **comm, void *config) {
   p2p_grow_fn original = (p2p_grow_fn)p2p_original(P2P_COMM_GROW);
+  p2pMade_t made = {.place = comm};
+  int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  if (p2p_pending(parent)) return P2P_NCCL_INVALID_ARGUMENT;
+  made.isNonBlocking = p2p_pending_non_blocking(config, parent);
   if (parent) (void)comm_id_child(parent, 0);
-  return original(parent, nRanks, id, rank, comm, config);
-}
-
-/* The library goes. */
-__attribute__((destructor)) static void p2p_comm_finish(void) {
-  pthread_mutex_lock(&commAwaitedLock);
-  while (commAwaited) {
-    comm_awaited_t *awaited = commAwaited;
-
-    commAwaited = awaited->next;
-    free(awaited);
-  }
-  atomic_store(&commAwaitedCount, 0);
-  pthread_mutex_unlock(&commAwaitedLock);
+  p2p_pending_pass(true);
+  result = original(parent, nRanks, id, rank, comm, config);
+  p2p_pending_pass(false);
+  if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
+  if (!comm || !*comm) return result;
+  comm_made(*comm, 0);
+  return p2p_pending_made(&made, 1, result);
 }

@@ -37,6 +37,8 @@ PRELOAD_EXPORT int ncclCommShrink(void *parent, int *excluded, int nExcluded, vo
 PRELOAD_EXPORT int ncclCommGrow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank, void **comm,
                                 void *config);
 PRELOAD_EXPORT int ncclCommGetAsyncError(void *comm, int *error);
+PRELOAD_EXPORT int ncclCommRevoke(void *comm, int flags);
+PRELOAD_EXPORT int ncclGroupSimulateEnd(void *info);
 
 /* By which the plugin, where it is loaded, too, knows that the calls pass here and are counted here. */
 PRELOAD_EXPORT extern const char ultraepPreload;
@@ -161,6 +163,16 @@ int ncclCommShrink(void *parent, int *excluded, int nExcluded, void **comm, void
 int ncclCommGrow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank, void **comm, void *config) {
   preload_ready();
   return p2p_comm_grow(parent, nRanks, id, rank, comm, config);
+}
+
+int ncclCommRevoke(void *comm, int flags) {
+  preload_ready();
+  return p2p_comm_revoke(comm, flags);
+}
+
+int ncclGroupSimulateEnd(void *info) {
+  preload_ready();
+  return p2p_group_simulate_end(info);
 }
 
 int ncclCommGetAsyncError(void *comm, int *error) {

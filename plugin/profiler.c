@@ -240,12 +240,14 @@ PROFILER_INIT_OLD(2)
 PROFILER_INIT_OLD(3)
 PROFILER_INIT_NEW(5)
 PROFILER_INIT_NEW(6)
+PROFILER_INIT_NEW(7)
 PROFILER_EVENTS(1)
 PROFILER_EVENTS(2)
 PROFILER_EVENTS(3)
 PROFILER_EVENTS(4)
 PROFILER_EVENTS(5)
 PROFILER_EVENTS(6)
+PROFILER_EVENTS(7)
 
 const nccl_abi_profiler_v1_t ncclProfiler_v1 = PROFILER_TABLE(1);
 const nccl_abi_profiler_v1_t ncclProfiler_v2 = PROFILER_TABLE(2);
@@ -253,3 +255,4 @@ const nccl_abi_profiler_v1_t ncclProfiler_v3 = PROFILER_TABLE(3);
 const nccl_abi_profiler_v4_t ncclProfiler_v4 = PROFILER_TABLE(4);
 const nccl_abi_profiler_v5_t ncclProfiler_v5 = PROFILER_TABLE(5);
 const nccl_abi_profiler_v5_t ncclProfiler_v6 = PROFILER_TABLE(6);
+const nccl_abi_profiler_v5_t ncclProfiler_v7 = PROFILER_TABLE(7);

@@ -41,7 +41,7 @@ static void profiler_read_v4(const nccl_abi_event_v4_t *event, profiler_facts_t 
     profiler_facts_named(facts, event->p2p.function, event->p2p.dataType, event->p2p.count, event->p2p.peer);
 }
 
-/* And v6. */
+/* And v6 and v7. */
 static void profiler_read_v5(const nccl_abi_event_v5_t *event, profiler_facts_t *facts) {
   *facts = (profiler_facts_t){.type = event->type, .parent = event->parent, .rank = event->rank};
   if (event->type == NCCL_ABI_EVENT_P2P)
@@ -54,6 +54,11 @@ static_assert(offsetof(nccl_abi_event_v3_t, p2p.peer) == offsetof(nccl_abi_event
               "v3 is read as v2");
 static_assert(offsetof(nccl_abi_event_v6_t, facts) == offsetof(nccl_abi_event_v5_t, facts),
               "v6 is read as v5");
+static_assert(offsetof(nccl_abi_event_v7_t, facts) == offsetof(nccl_abi_event_v5_t, facts) &&
+                  offsetof(nccl_abi_event_v7_t, p2p.peer) == offsetof(nccl_abi_event_v5_t, facts.p2p.peer) &&
+                  offsetof(nccl_abi_event_v7_t, p2p.dataType) ==
+                      offsetof(nccl_abi_event_v5_t, facts.p2p.dataType),
+              "v7 is read as v5");
 
 void profiler_event_read(int version, const void *event, profiler_facts_t *facts) {
   switch (version) {
@@ -73,6 +78,24 @@ void profiler_event_read(int version, const void *event, profiler_facts_t *facts
 }
 
 /* ---- from one version to the one before; false: it has no such event ---- */
+/* What is new in v7 lies behind each of v6's members. */
+static_assert(offsetof(nccl_abi_event_v7_t, coll.parentGroup) ==
+                      offsetof(nccl_abi_event_v6_t, facts.coll.parentGroup) &&
+                  offsetof(nccl_abi_event_v7_t, p2p.parentGroup) ==
+                      offsetof(nccl_abi_event_v6_t, facts.p2p.parentGroup) &&
+                  offsetof(nccl_abi_event_v7_t, collApi.isCaptured) ==
+                      offsetof(nccl_abi_event_v6_t, facts.collApi.isCaptured) &&
+                  offsetof(nccl_abi_event_v7_t, p2pApi.isCaptured) ==
+                      offsetof(nccl_abi_event_v6_t, facts.p2pApi.isCaptured) &&
+                  offsetof(nccl_abi_event_v7_t, ceColl.stream) ==
+                      offsetof(nccl_abi_event_v6_t, ceColl.stream),
+              "v7 begins as v6");
+
+static bool profiler_event_to_v6(const nccl_abi_event_v7_t *from, nccl_abi_event_v6_t *to) {
+  memcpy(to, from, sizeof(*to));
+  return from->type < NCCL_ABI_EVENT_KERNEL_PHASE;
+}
+
 static bool profiler_event_to_v5(const nccl_abi_event_v6_t *from, nccl_abi_event_v5_t *to) {
   *to = (nccl_abi_event_v5_t){
       .type = from->type, .parent = from->parent, .rank = from->rank, .facts = from->facts};
@@ -280,6 +303,8 @@ static bool profiler_event_to_v1(const nccl_abi_event_v2_t *from, nccl_abi_event
 static bool profiler_event_step(int from, const profiler_event_t *event, const char *commName,
                                 uint64_t commHash, profiler_event_t *older) {
   switch (from) {
+  case 7:
+    return profiler_event_to_v6(&event->v7, &older->v6);
   case 6:
     return profiler_event_to_v5(&event->v6, &older->v5);
   case 5:
@@ -296,7 +321,8 @@ static bool profiler_event_step(int from, const profiler_event_t *event, const c
 static size_t profiler_event_bytes(int version) {
   static const size_t bytes[] = {sizeof(nccl_abi_event_v1_t), sizeof(nccl_abi_event_v2_t),
                                  sizeof(nccl_abi_event_v3_t), sizeof(nccl_abi_event_v4_t),
-                                 sizeof(nccl_abi_event_v5_t), sizeof(nccl_abi_event_v6_t)};
+                                 sizeof(nccl_abi_event_v5_t), sizeof(nccl_abi_event_v6_t),
+                                 sizeof(nccl_abi_event_v7_t)};
 
   return bytes[version - 1];
 }
@@ -321,7 +347,8 @@ bool profiler_state_convert(int from, int to, int state, void *arguments, profil
 
   *converted = arguments;
   if (from == to || from < 4) return true;
-  if (to >= 5) return state <= NCCL_ABI_STATE_GROUP_END_START;
+  if (to >= 6) return state <= NCCL_ABI_STATE_CE_LAST;
+  if (to == 5) return state <= NCCL_ABI_STATE_GROUP_END_START;
   if (to == 4) return state <= NCCL_ABI_STATE_KERNEL_STOP;
   if (state < NCCL_ABI_STATE_STEP_FIRST || state > NCCL_ABI_STATE_CONTROL_LAST) return false;
   if (!given) return true;
@@ -336,7 +363,8 @@ bool profiler_event_is_wanted(uint64_t type, int mask) {
   enum {
     STEP = NCCL_ABI_EVENT_PROXY_STEP | NCCL_ABI_EVENT_NET_PLUGIN,
     OP = NCCL_ABI_EVENT_PROXY_OP | STEP,
-    TASK = OP | NCCL_ABI_EVENT_KERNEL_CHANNEL,
+    KERNEL = NCCL_ABI_EVENT_KERNEL_CHANNEL | NCCL_ABI_EVENT_KERNEL_PHASE,
+    TASK = OP | KERNEL,
     CE = NCCL_ABI_EVENT_CE_COLL | NCCL_ABI_EVENT_CE_SYNC | NCCL_ABI_EVENT_CE_BATCH,
     GROUP = NCCL_ABI_EVENT_GROUP | NCCL_ABI_EVENT_COLL | NCCL_ABI_EVENT_P2P | TASK
   };
@@ -352,6 +380,8 @@ bool profiler_event_is_wanted(uint64_t type, int mask) {
     return mask & OP;
   case NCCL_ABI_EVENT_PROXY_STEP:
     return mask & STEP;
+  case NCCL_ABI_EVENT_KERNEL_CHANNEL:
+    return mask & KERNEL;
   case NCCL_ABI_EVENT_GROUP_API:
     return mask & ~NCCL_ABI_EVENT_PROXY_CONTROL;
   case NCCL_ABI_EVENT_COLL_API:

@@ -15,7 +15,7 @@ typedef struct {
   uint64_t commHash; /* 0 from v4 on: init was told */
 } profiler_facts_t;
 
-/* version: of the event, 1 to 6. */
+/* version: of the event, 1 to 7. */
 void profiler_event_read(int version, const void *event, profiler_facts_t *facts);
 
 typedef union {
@@ -25,6 +25,7 @@ typedef union {
   nccl_abi_event_v4_t v4;
   nccl_abi_event_v5_t v5;
   nccl_abi_event_v6_t v6;
+  nccl_abi_event_v7_t v7;
 } profiler_event_t;
 
 /* Writes the event in terms of an older version. False where that has no such event. The communicator's name

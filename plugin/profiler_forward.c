@@ -15,7 +15,7 @@ static struct {
     const void *found;
     const nccl_abi_profiler_v1_t *v1; /* to v3 */
     const nccl_abi_profiler_v4_t *v4;
-    const nccl_abi_profiler_v5_t *v5; /* and v6; all but init is the same in all */
+    const nccl_abi_profiler_v5_t *v5; /* to v7; all but init is the same in all */
   } table;
   int mask; /* the other library's: it may write at any time */
   atomic_bool saidFailed;
@@ -37,7 +37,8 @@ static void *forward_library_open(const char *value) {
 
 static bool forward_is_ours(const void *table) {
   return table == &ncclProfiler_v1 || table == &ncclProfiler_v2 || table == &ncclProfiler_v3 ||
-         table == &ncclProfiler_v4 || table == &ncclProfiler_v5 || table == &ncclProfiler_v6;
+         table == &ncclProfiler_v4 || table == &ncclProfiler_v5 || table == &ncclProfiler_v6 ||
+         table == &ncclProfiler_v7;
 }
 
 static void forward_table_find(const char *value) {
@@ -109,8 +110,11 @@ void profiler_forward_finalize(profiler_forward_t *forward) {
   *forward = (profiler_forward_t){0};
 }
 
+/* Phases come with their kernel's channel alone, which NCCL adds to a mask that it finds after init. */
 int profiler_forward_mask(void) {
-  return __atomic_load_n(&forwardTo.mask, __ATOMIC_RELAXED);
+  const int mask = __atomic_load_n(&forwardTo.mask, __ATOMIC_RELAXED);
+
+  return mask & NCCL_ABI_EVENT_KERNEL_PHASE ? mask | NCCL_ABI_EVENT_KERNEL_CHANNEL : mask;
 }
 
 /* ---- events ---- */

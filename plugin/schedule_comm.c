@@ -3,6 +3,7 @@
 
 #include "nccl_backend.h"
 #include "p2p.h"
+#include "schedule_place.h"
 #include "schedule_share.h"
 #include "settings.h"
 
@@ -15,20 +16,11 @@
 enum {
   COMM_VERSION = 1, /* of the agreement and the kernel's protocol */
   COMM_SETUP_TIMEOUT_MS = 60000,
-  COMM_ABORT_WAIT_MS = 5000,
-  COMM_GROUPS = 8, /* that do not fit the kernel's argument and are under way */
-  COMM_GROUP_OPS = 4096
+  COMM_ABORT_WAIT_MS = 5000
 };
 
-/* Lanes and operations of a group in memory that the device reads. */
-typedef struct {
-  kernelP2pLane_t *lanes; /* [2 * nRanks], then ops */
-  kernelP2pOp_t *ops;     /* [COMM_GROUP_OPS] */
-  cudaEvent_t done;
-  bool isKept; /* a graph may read it at any time */
-} commGroup_t;
-
 struct scheduleComm {
+  scheduleUse_t use; /* first */
   ncclRank_t *self;
   ncclRegion_t window;
   kernelP2p_t p2p;
@@ -38,11 +30,12 @@ struct scheduleComm {
   pthread_mutex_t lock; /* of launching */
   /* Order of launches: while all are on one stream and none is captured, that stream's own; nothing but their
    * number is kept. From the first one that is not, each waits for an event and records it. */
-  void *only;
+  unsigned long long only; /* the stream, by its id: its handle may come again */
   uint64_t launched;
   bool usesEvents;
   cudaEvent_t last;
-  commGroup_t groups[COMM_GROUPS];
+  schedulePlace_t *places;
+  atomic_int broken; /* NCCL's code of a launch that failed: peers wait for it in vain */
   /* [room] to sort a group in */
   kernelP2pOp_t *sorted;
   int32_t *from, *counts;
@@ -64,7 +57,9 @@ int schedule_comm_ranks(const scheduleComm_t *comm) {
 
 int schedule_comm_error(const scheduleComm_t *comm) {
   const volatile kernelP2pFailure_t *failure = comm->failure;
+  const int broken = atomic_load_explicit(&comm->broken, memory_order_relaxed);
 
+  if (broken != P2P_NCCL_SUCCESS) return broken;
   switch (failure->code) {
   case ultraepSuccess:
     return P2P_NCCL_SUCCESS;
@@ -139,11 +134,8 @@ static void comm_free(scheduleComm_t *comm) {
     nccl_device_free(comm->self, comm->p2p.state);
     (void)cudaStreamSynchronize(comm->self->stream);
     if (comm->pinned) (void)cudaFreeHost(comm->pinned);
-    for (int i = 0; i < COMM_GROUPS; i++) {
-      if (comm->groups[i].lanes) (void)cudaFreeHost(comm->groups[i].lanes);
-      if (comm->groups[i].done) (void)cudaEventDestroy(comm->groups[i].done);
-    }
   }
+  schedule_places_free(comm->places, comm->self->isStuck);
   if (comm->last) (void)cudaEventDestroy(comm->last);
   nccl_rank_close(comm->self);
   pthread_mutex_destroy(&comm->lock);
@@ -183,54 +175,83 @@ static ultraepResult_t comm_agree(scheduleComm_t *comm, const commOffer_t *mine)
   return result;
 }
 
-static ultraepResult_t comm_make(void *handle, scheduleComm_t **made) {
+/* Whatever this rank has met so far, the others wait for it here: all can go on, or none does. */
+static ultraepResult_t comm_meet(scheduleComm_t *comm, commOffer_t *mine, ultraepResult_t own) {
+  ultraepResult_t agreed;
+
+  mine->code = (int32_t)own;
+  agreed = comm_agree(comm, mine);
+  return own == ultraepSuccess ? agreed : own;
+}
+
+static ultraepResult_t comm_open_window(scheduleComm_t *comm) {
+  kernelP2pLayout_t layout;
+
+  kernelP2pLayout(&comm->p2p.geometry, &layout);
+  return nccl_region_open(comm->self, NULL, layout.bytes, true, &comm->window);
+}
+
+static kernelP2pGeometry_t comm_geometry(const settings_t *settings, int nRanks) {
+  kernelP2pGeometry_t geometry = {.nRanks = nRanks,
+                                  .nStages = settings->p2pStages,
+                                  .stageBytes = (uint64_t)settings->p2pStageKb * 1024,
+                                  .eagerBytes = (uint64_t)settings->p2pEagerKb * 1024};
+
+  if (geometry.eagerBytes > geometry.stageBytes) geometry.eagerBytes = geometry.stageBytes;
+  if (geometry.eagerBytes > KERNEL_P2P_MOST_EAGER) geometry.eagerBytes = KERNEL_P2P_MOST_EAGER;
+  return geometry;
+}
+
+/* All that the ranks do together. */
+static ultraepResult_t comm_set_up(scheduleComm_t *comm) {
   const settings_t *settings = settings_get();
+  const int nRanks = comm->self->nRanks;
+  commOffer_t mine = {.version = COMM_VERSION, .geometry = comm_geometry(settings, nRanks)};
+  ultraepResult_t result = nRanks < 2 || nRanks > KERNEL_P2P_MAX_RANKS
+                               ? error_set(ultraepInvalidUsage, "%d ranks", nRanks)
+                               : comm_prepare(comm, &mine.geometry);
+  scheduleShare_t *share;
+
+  if (result == ultraepSuccess && settings->p2pShare != SETTINGS_SHARE_OFF)
+    (void)schedule_share_open(&comm->share, comm->self->rank, nRanks, comm->self->device,
+                              settings->p2pShare == SETTINGS_SHARE_ALL, &mine.share);
+  result = comm_meet(comm, &mine, result);
+  comm->self->timeoutMs = COMM_SETUP_TIMEOUT_MS;
+  if (result != ultraepSuccess) return result; /* on all ranks */
+  result = nccl_rank_choose_peers(comm->self);
+  if (result != ultraepSuccess) return result;
+  result = comm_open_window(comm);
+  /* A window that one rank could not map ends scheduling on all. */
+  share = comm->share;
+  comm->share = NULL; /* started already */
+  result = comm_meet(comm, &mine, result);
+  comm->share = share;
+  return result;
+}
+
+/* Where the program waits in the call that makes the communicator, all ranks are there. Else one may come as
+ * late as one that it sends to. */
+static int comm_patience_ms(const scheduleSetup_t *setup) {
+  const int ms = settings_get()->p2pTimeoutMs;
+
+  if (!setup) return COMM_SETUP_TIMEOUT_MS;
+  return ms > 0 ? ms : INT32_MAX;
+}
+
+static ultraepResult_t comm_make(void *handle, scheduleSetup_t *setup, scheduleComm_t **made) {
   scheduleComm_t *comm = calloc(1, sizeof(*comm));
-  commOffer_t mine = {.version = COMM_VERSION};
   ultraepResult_t result;
 
-  if (!comm) return ultraepSystemError;
-  result = nccl_rank_open(handle, COMM_SETUP_TIMEOUT_MS, &comm->self);
+  if (!comm) return error_set(ultraepSystemError, "no memory for scheduling");
+  result = nccl_rank_open(handle, comm_patience_ms(setup), &comm->self);
   if (result != ultraepSuccess) {
     free(comm);
     return result;
   }
   pthread_mutex_init(&comm->lock, NULL);
-  mine.geometry = (kernelP2pGeometry_t){.nRanks = comm->self->nRanks,
-                                        .nStages = settings->p2pStages,
-                                        .stageBytes = (uint64_t)settings->p2pStageKb * 1024,
-                                        .eagerBytes = (uint64_t)settings->p2pEagerKb * 1024};
-  if (mine.geometry.eagerBytes > mine.geometry.stageBytes)
-    mine.geometry.eagerBytes = mine.geometry.stageBytes;
-  if (mine.geometry.eagerBytes > KERNEL_P2P_MOST_EAGER) mine.geometry.eagerBytes = KERNEL_P2P_MOST_EAGER;
-  result = comm->self->nRanks < 2 || comm->self->nRanks > KERNEL_P2P_MAX_RANKS
-               ? error_set(ultraepInvalidUsage, "%d ranks", comm->self->nRanks)
-               : comm_prepare(comm, &mine.geometry);
-  if (result == ultraepSuccess && settings->p2pShare != SETTINGS_SHARE_OFF)
-    (void)schedule_share_open(&comm->share, comm->self->rank, comm->self->nRanks, comm->self->device,
-                              settings->p2pShare == SETTINGS_SHARE_ALL, &mine.share);
-  mine.code = (int32_t)result;
-  /* Whatever this rank has met: the others wait for it here. */
-  ultraepResult_t agreed = comm_agree(comm, &mine);
-  if (result == ultraepSuccess) result = agreed;
-  if (agreed == ultraepSuccess) agreed = nccl_rank_choose_peers(comm->self);
-  if (result == ultraepSuccess) result = agreed;
-  if (result == ultraepSuccess) {
-    kernelP2pLayout_t layout;
-
-    kernelP2pLayout(&mine.geometry, &layout);
-    result = nccl_region_open(comm->self, NULL, layout.bytes, true, &comm->window);
-  }
-  /* A window that one rank could not map ends scheduling on all. */
-  mine.code = (int32_t)result;
-  if (agreed == ultraepSuccess) {
-    scheduleShare_t *share = comm->share;
-
-    comm->share = NULL; /* started already */
-    agreed = comm_agree(comm, &mine);
-    comm->share = share;
-    if (result == ultraepSuccess) result = agreed;
-  }
+  schedule_setup_watch(setup, &comm->self->failure->abort);
+  result = comm_set_up(comm);
+  schedule_setup_watch(setup, NULL);
   if (result != ultraepSuccess) {
     comm_free(comm);
     return result;
@@ -240,43 +261,94 @@ static ultraepResult_t comm_make(void *handle, scheduleComm_t **made) {
   return ultraepSuccess;
 }
 
-/* One communicator, on its device. */
-static void *comm_open(void *handle) {
+typedef struct {
+  void *handle;
+  scheduleSetup_t *setup;
+} commOpening_t;
+
+/* On the communicator's device. */
+static ultraepResult_t comm_make_there(const commOpening_t *opening, scheduleComm_t **made) {
   const ncclSymbols_t *nccl;
-  scheduleComm_t *made = NULL;
   int before = -1, device;
   ultraepResult_t result = nccl_symbols_find(&nccl);
 
-  if (result == ultraepSuccess && nccl->CommCuDevice(handle, &device) != 0) result = ultraepInvalidUsage;
-  if (result == ultraepSuccess) {
-    (void)cudaGetDevice(&before);
-    (void)cudaSetDevice(device);
-    result = comm_make(handle, &made);
-    if (before >= 0) (void)cudaSetDevice(before);
-  }
+  if (result != ultraepSuccess) return result;
+  if (nccl->CommCuDevice(opening->handle, &device) != 0)
+    return error_set(ultraepInvalidUsage, "its device is not known");
+  (void)cudaGetDevice(&before);
+  (void)cudaSetDevice(device);
+  result = comm_make(opening->handle, opening->setup, made);
+  if (before >= 0) (void)cudaSetDevice(before);
+  return result;
+}
+
+/* One communicator. The program may be capturing a graph, here or in another thread, which memory that is
+ * allocated meanwhile must not end. */
+static void *comm_open(void *argument) {
+  const commOpening_t *opening = argument;
+  enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  scheduleComm_t *made = NULL;
+  ultraepResult_t result;
+
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  nccl_own_calls(true);
+  result = comm_make_there(opening, &made);
+  nccl_own_calls(false);
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
   if (result == ultraepSuccess && comm_logs())
-    settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks", handle,
-                  made->self->rank, made->self->nRanks, made->p2p.nBlocks);
+    settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks",
+                  opening->handle, made->self->rank, made->self->nRanks, made->p2p.nBlocks);
   if (result == ultraepSuccess)
-    schedule_add_comm(handle, made);
-  else
+    schedule_add_comm(opening->handle, made);
+  else if (!schedule_setup_is_aborted(opening->setup))
     settings_warn("sends and receives of a communicator are left to NCCL: %s", ultraepGetLastError());
   return NULL;
 }
 
-void schedule_comms_made(void *const *comms, int n) {
-  pthread_t *threads = n > 1 ? calloc((size_t)n, sizeof(*threads)) : NULL;
-  bool *started = n > 1 ? calloc((size_t)n, sizeof(*started)) : NULL;
+bool schedule_is_wanted(void) {
+  return settings_get()->p2p == SETTINGS_P2P_SCHEDULE;
+}
 
-  if (settings_get()->p2p != SETTINGS_P2P_SCHEDULE) n = 0;
-  if (n == 1) comm_open(comms[0]);
-  /* Ranks of one communicator may be among them, which wait for each other. */
-  for (int i = 0; i < n && n > 1 && threads && started; i++)
-    started[i] = pthread_create(&threads[i], NULL, comm_open, comms[i]) == 0;
-  for (int i = 0; i < n && n > 1 && threads && started; i++)
-    if (started[i]) pthread_join(threads[i], NULL);
+bool schedule_is_own_thread(void) {
+  return nccl_is_own_thread();
+}
+
+typedef struct {
+  commOpening_t opening;
+  pthread_t thread;
+  bool isStarted;
+} commThread_t;
+
+/* Ranks of one communicator may be among them, which wait for each other. */
+static void comms_open(void *const *comms, scheduleSetup_t *const *setups, int n) {
+  commThread_t *threads = calloc((size_t)n, sizeof(*threads));
+
+  if (!threads) {
+    settings_warn("sends and receives of %d communicators are left to NCCL: no memory", n);
+    return;
+  }
+  for (int i = 0; i < n; i++) {
+    threads[i].opening = (commOpening_t){comms[i], setups ? setups[i] : NULL};
+    threads[i].isStarted =
+        i + 1 < n && pthread_create(&threads[i].thread, NULL, comm_open, &threads[i].opening) == 0;
+  }
+  for (int i = 0; i < n; i++)
+    if (!threads[i].isStarted) comm_open(&threads[i].opening);
+  for (int i = 0; i < n; i++)
+    if (threads[i].isStarted) pthread_join(threads[i].thread, NULL);
   free(threads);
-  free(started);
+}
+
+void schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n) {
+  commOpening_t one;
+
+  if (!schedule_is_wanted() || n == 0) return;
+  if (n > 1) {
+    comms_open(comms, setups, n);
+    return;
+  }
+  one = (commOpening_t){comms[0], setups ? setups[0] : NULL};
+  comm_open(&one);
 }
 
 /* ---- launching ---- */
@@ -295,28 +367,15 @@ static bool comm_make_room(scheduleComm_t *comm, int n) {
   return sorted && from;
 }
 
-/* A place for a group that does not fit the kernel's argument: one that no launch reads any more. */
-static commGroup_t *comm_place(scheduleComm_t *comm, bool captured) {
-  size_t lanes = 2 * (size_t)comm->self->nRanks * sizeof(kernelP2pLane_t);
+static unsigned long long comm_stream_id(cudaStream_t stream) {
+  unsigned long long id = 0;
 
-  for (int i = 0; i < COMM_GROUPS; i++) {
-    commGroup_t *group = &comm->groups[i];
-
-    if (group->isKept || (group->done && cudaEventQuery(group->done) != cudaSuccess)) continue;
-    if (!group->lanes && (cudaHostAlloc((void **)&group->lanes,
-                                        lanes + COMM_GROUP_OPS * sizeof(kernelP2pOp_t), 0) != cudaSuccess ||
-                          cudaEventCreateWithFlags(&group->done, cudaEventDisableTiming) != cudaSuccess))
-      return NULL;
-    group->ops = (kernelP2pOp_t *)((char *)group->lanes + lanes);
-    group->isKept = captured;
-    return group;
-  }
-  return NULL;
+  return cudaStreamGetId(stream, &id) == cudaSuccess ? id : (unsigned long long)(uintptr_t)stream;
 }
 
 static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
   if (!comm->usesEvents) {
-    if (!captured && (comm->launched == 0 || comm->only == (void *)stream)) return cudaSuccess;
+    if (!captured && (comm->launched == 0 || comm->only == comm_stream_id(stream))) return cudaSuccess;
     comm->usesEvents = true;
     if (comm->launched == 0) return cudaSuccess;
     cudaError_t error = (cudaError_t)kernelP2pAwait(&comm->p2p, comm->launched, comm->self->stream);
@@ -326,9 +385,11 @@ static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, bool ca
   return cudaStreamWaitEvent(stream, comm->last, captured ? cudaEventWaitExternal : cudaEventWaitDefault);
 }
 static cudaError_t comm_record(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
-  comm->only = stream;
   comm->launched++;
-  if (!comm->usesEvents) return cudaSuccess;
+  if (!comm->usesEvents) {
+    comm->only = comm_stream_id(stream);
+    return cudaSuccess;
+  }
   return cudaEventRecordWithFlags(comm->last, stream,
                                   captured ? cudaEventRecordExternal : cudaEventRecordDefault);
 }
@@ -369,19 +430,15 @@ static void comm_share_buffers(scheduleComm_t *comm, const kernelP2pLane_t *lane
 
 static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStream_t stream, bool captured) {
   kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps};
-  commGroup_t *place = NULL;
+  schedulePlace_t *place = NULL;
   cudaError_t error;
 
   if (!kernelP2pFits(nLanes, nOps)) {
-    place = nOps <= COMM_GROUP_OPS ? comm_place(comm, captured) : NULL;
-    if (!place) return P2P_NCCL_INVALID_USAGE;
-    memcpy(place->lanes, comm->lanes, (size_t)nLanes * sizeof(*place->lanes));
-    memcpy(place->ops, comm->sorted, (size_t)nOps * sizeof(*place->ops));
-    group.lanes = place->lanes;
-    group.ops = place->ops;
+    place = schedule_place_take(&comm->places, &group, stream, captured);
+    if (!place) return P2P_NCCL_SYSTEM_ERROR;
   }
   error = (cudaError_t)kernelP2pLaunch(&comm->p2p, &group, stream);
-  if (error == cudaSuccess && place && !captured) error = cudaEventRecord(place->done, stream);
+  if (error == cudaSuccess && place && !captured) error = schedule_place_launched(place, stream);
   return comm_result(error);
 }
 
@@ -400,15 +457,20 @@ static int comm_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
   return result == P2P_NCCL_SUCCESS ? comm_result(comm_join(ops, n, stream, false)) : result;
 }
 
+/* What is looked up and allocated meanwhile must not end a capture. */
 int schedule_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
+  enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   int before = -1, result;
 
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
   (void)cudaGetDevice(&before);
   if (before != comm->self->device) (void)cudaSetDevice(comm->self->device);
   pthread_mutex_lock(&comm->lock);
   result = comm_launch(comm, ops, n);
+  if (result != P2P_NCCL_SUCCESS) atomic_store(&comm->broken, result);
   pthread_mutex_unlock(&comm->lock);
   if (before >= 0 && before != comm->self->device) (void)cudaSetDevice(before);
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
   return result;
 }
 
@@ -441,6 +503,7 @@ void schedule_comm_ends(const void *handle, bool abort) {
   (void)cudaGetDevice(&before);
   (void)cudaSetDevice(comm->self->device);
   if (abort) comm->failure->abort = 1;
+  schedule_wait_unused(comm);
   if (comm_wait(comm, abort ? COMM_ABORT_WAIT_MS : -1)) {
     if (kernelP2pLeave(&comm->p2p, comm->self->stream) == cudaSuccess)
       (void)cudaStreamSynchronize(comm->self->stream);

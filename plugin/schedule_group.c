@@ -1,4 +1,4 @@
-/* Collecting the calls of a group. */
+/* Which communicators are scheduled, and collecting the calls of a group. */
 #include "schedule.h"
 
 #include "p2p.h"
@@ -7,65 +7,111 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- which communicators ---- */
 
-typedef struct schedule_entry {
-  const void *handle;
-  scheduleComm_t *comm;
-  struct schedule_entry *next;
-} schedule_entry_t;
-
 static pthread_rwlock_t scheduleLock = PTHREAD_RWLOCK_INITIALIZER;
-static schedule_entry_t *scheduleEntries;
-static atomic_int scheduleCount; /* so that without any the data path costs one load */
+static scheduleUse_t *scheduleUses;
+atomic_int scheduleCount;
 
-scheduleComm_t *schedule_find(const void *handle) {
-  scheduleComm_t *found = NULL;
+static scheduleUse_t *schedule_use(scheduleComm_t *comm) {
+  return (scheduleUse_t *)comm;
+}
 
-  if (atomic_load_explicit(&scheduleCount, memory_order_acquire) == 0) return NULL;
+/* By handle, or (handle null) by number. */
+static scheduleComm_t *schedule_hold_use(const void *handle, uint64_t number) {
+  scheduleUse_t *found;
+
   pthread_rwlock_rdlock(&scheduleLock);
-  for (schedule_entry_t *entry = scheduleEntries; entry && !found; entry = entry->next)
-    if (entry->handle == handle) found = entry->comm;
+  for (found = scheduleUses; found; found = found->next)
+    if (handle ? found->handle == handle : found->number == number) break;
+  if (found) atomic_fetch_add(&found->users, 1);
   pthread_rwlock_unlock(&scheduleLock);
-  return found;
+  return (scheduleComm_t *)found;
+}
+
+scheduleComm_t *schedule_hold_find(const void *handle) {
+  return handle ? schedule_hold_use(handle, 0) : NULL;
+}
+
+bool schedule_is_scheduled(const void *handle) {
+  scheduleComm_t *comm = schedule_hold(handle);
+
+  schedule_release(comm);
+  return comm != NULL;
 }
 
 void schedule_add_comm(const void *handle, scheduleComm_t *comm) {
-  schedule_entry_t *entry = calloc(1, sizeof(*entry));
+  static uint64_t number;
+  scheduleUse_t *use = schedule_use(comm);
 
-  if (!entry) return;
-  *entry = (schedule_entry_t){.handle = handle, .comm = comm};
   pthread_rwlock_wrlock(&scheduleLock);
-  entry->next = scheduleEntries;
-  scheduleEntries = entry;
+  use->handle = handle;
+  use->number = ++number;
+  use->next = scheduleUses;
+  scheduleUses = use;
   atomic_fetch_add(&scheduleCount, 1);
   pthread_rwlock_unlock(&scheduleLock);
 }
 
 scheduleComm_t *schedule_remove_comm(const void *handle) {
-  scheduleComm_t *comm = NULL;
+  scheduleUse_t **at, *use;
 
   if (atomic_load_explicit(&scheduleCount, memory_order_acquire) == 0) return NULL;
   pthread_rwlock_wrlock(&scheduleLock);
-  for (schedule_entry_t **at = &scheduleEntries; *at && !comm; at = &(*at)->next) {
-    schedule_entry_t *entry = *at;
-
-    if (entry->handle != handle) continue;
-    comm = entry->comm;
-    *at = entry->next;
-    free(entry);
+  for (at = &scheduleUses; *at && (*at)->handle != handle;) at = &(*at)->next;
+  use = *at;
+  if (use) {
+    *at = use->next;
     atomic_fetch_sub(&scheduleCount, 1);
-    break;
   }
   pthread_rwlock_unlock(&scheduleLock);
-  return comm;
+  return (scheduleComm_t *)use;
+}
+
+/* Calls are short, so that nothing is to be woken. */
+void schedule_wait_unused(scheduleComm_t *comm) {
+  while (atomic_load(&schedule_use(comm)->users) > 0) nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
+}
+
+/* ---- setting up ---- */
+
+void schedule_setup_init(scheduleSetup_t *setup) {
+  *setup = (scheduleSetup_t){.isAborted = false};
+  pthread_mutex_init(&setup->lock, NULL);
+}
+
+void schedule_setup_watch(scheduleSetup_t *setup, volatile int32_t *abort) {
+  if (!setup) return;
+  pthread_mutex_lock(&setup->lock);
+  setup->abort = abort;
+  if (abort && setup->isAborted) __atomic_store_n(abort, 1, __ATOMIC_RELEASE);
+  pthread_mutex_unlock(&setup->lock);
+}
+
+void schedule_setup_abort(scheduleSetup_t *setup) {
+  pthread_mutex_lock(&setup->lock);
+  setup->isAborted = true;
+  if (setup->abort) __atomic_store_n(setup->abort, 1, __ATOMIC_RELEASE);
+  pthread_mutex_unlock(&setup->lock);
+}
+
+bool schedule_setup_is_aborted(scheduleSetup_t *setup) {
+  bool isAborted;
+
+  if (!setup) return false;
+  pthread_mutex_lock(&setup->lock);
+  isAborted = setup->isAborted;
+  pthread_mutex_unlock(&setup->lock);
+  return isAborted;
 }
 
 /* ---- a thread's group ---- */
 
+/* The communicator by its number: until the group ends another thread may end it. */
 typedef struct {
-  scheduleComm_t *comm;
+  uint64_t number; /* 0: launched */
   scheduleOp_t op;
 } schedule_call_t;
 
@@ -124,8 +170,16 @@ int schedule_add(scheduleComm_t *comm, const scheduleOp_t *op, int depth) {
   if (depth == 0) return schedule_launch(comm, op, 1);
   calls = schedule_calls();
   if (!calls || !schedule_make_room(calls)) return P2P_NCCL_SYSTEM_ERROR;
-  calls->calls[calls->n++] = (schedule_call_t){.comm = comm, .op = *op};
+  calls->calls[calls->n++] = (schedule_call_t){.number = schedule_use(comm)->number, .op = *op};
   return P2P_NCCL_SUCCESS;
+}
+
+static int schedule_launch_number(uint64_t number, const scheduleOp_t *ops, int n) {
+  scheduleComm_t *comm = schedule_hold_use(NULL, number);
+  int result = comm ? schedule_launch(comm, ops, n) : P2P_NCCL_INVALID_USAGE;
+
+  schedule_release(comm);
+  return result;
 }
 
 int schedule_group_ended(bool launch) {
@@ -133,17 +187,17 @@ int schedule_group_ended(bool launch) {
   int result = P2P_NCCL_SUCCESS;
 
   if (!calls || calls->n == 0) return result;
-  for (int first = 0; first < calls->n; first++) {
-    scheduleComm_t *comm = calls->calls[first].comm;
+  for (int first = 0; first < calls->n && launch; first++) {
+    const uint64_t number = calls->calls[first].number;
     int n = 0, status;
 
-    if (!comm) continue; /* launched with an earlier one */
+    if (number == 0) continue; /* launched with an earlier one */
     for (int i = first; i < calls->n; i++) {
-      if (calls->calls[i].comm != comm) continue;
+      if (calls->calls[i].number != number) continue;
       calls->ops[n++] = calls->calls[i].op;
-      calls->calls[i].comm = NULL;
+      calls->calls[i].number = 0;
     }
-    status = launch ? schedule_launch(comm, calls->ops, n) : P2P_NCCL_SUCCESS;
+    status = schedule_launch_number(number, calls->ops, n);
     if (result == P2P_NCCL_SUCCESS) result = status;
   }
   calls->n = 0;

@@ -6,10 +6,18 @@
 
 #include <stdatomic.h>
 
-void schedule_comms_made(void *const *comms, int n) {
+bool schedule_is_wanted(void) {
+  return false;
+}
+
+bool schedule_is_own_thread(void) {
+  return false;
+}
+
+void schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n) {
   static atomic_flag told = ATOMIC_FLAG_INIT;
 
-  (void)comms;
+  (void)comms, (void)setups;
   if (n > 0 && settings_get()->p2p == SETTINGS_P2P_SCHEDULE && !atomic_flag_test_and_set(&told))
     settings_warn(
         "ULTRAEP_P2P=schedule: this library was built without CUDA; calls are counted and passed on");

@@ -218,7 +218,9 @@ static void share_map(scheduleShare_t *share, const shareMessage_t *message, int
 
 static void *share_run(void *argument) {
   scheduleShare_t *share = argument;
+  enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed; /* another thread's capture goes on */
 
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
   (void)cudaSetDevice(share->device);
   for (unsigned turn = 1; !atomic_load(&share->isEnding); turn++) {
     shareMessage_t message;

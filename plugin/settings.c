@@ -67,7 +67,8 @@ static const setting_t settingsTable[] = {
      .byDefault = "1800000",
      .min = 0,
      .max = 2147483647,
-     .help = "how long a scheduled send or receive waits for its peer; 0: for ever, as NCCL does"},
+     .help = "how long a scheduled send or receive waits for its peer, and a non-blocking communicator for "
+             "all its ranks to agree; 0: for ever, as NCCL does"},
     {.name = "ULTRAEP_P2P_SHARE",
      .type = SETTING_WORD,
      .offset = offsetof(settings_t, p2pShare),

@@ -13,10 +13,19 @@
   extern __typeof__(name) name __attribute__((weak, alias("p" #name), visibility("default")))
 
 static pthread_mutex_t fakeLock = PTHREAD_MUTEX_INITIALIZER;
-static struct fake_state fakeState = {.childRanks = 1};
+static struct fake_state fakeState = {.childRanks = 1, .polls = 1};
 
 FAKE_EXPORT struct fake_state *fake_nccl_state(void) {
   return &fakeState;
+}
+
+FAKE_EXPORT long fake_nccl_calls(void) {
+  long calls;
+
+  pthread_mutex_lock(&fakeLock);
+  calls = fakeState.calls;
+  pthread_mutex_unlock(&fakeLock);
+  return calls;
 }
 
 FAKE_EXPORT void fake_nccl_log(int level, unsigned long subsystems, const char *where, int line,
@@ -57,7 +66,10 @@ static int fake_record(struct fake_call call, int depth) {
 static int fake_issue(struct fake_call call) {
   const int result = fake_record(call, 0);
   struct fake_comm *comm = call.comm;
+  int state = FAKE_SUCCESS;
 
+  if (comm && !comm->blocking && ncclCommGetAsyncError(comm, &state) != FAKE_SUCCESS) return FAKE_INVALID;
+  if (state == FAKE_IN_PROGRESS) return FAKE_INVALID;
   if (result != FAKE_SUCCESS && result != FAKE_IN_PROGRESS) return result;
   if (!comm || comm->blocking || fake_group_depth() > 0) return result;
   comm->busy = 1;
@@ -183,20 +195,31 @@ int pncclCommUserRank(const void *comm, int *rank) {
 }
 FAKE_WEAK(ncclCommUserRank);
 
-static int fake_comm_make(void **comm, int nRanks, int rank, uint64_t hash, const void *config) {
+static int fake_blocking(const void *config, int otherwise) {
+  const char *text = getenv("NCCL_COMM_BLOCKING");
+
+  if (text && text[0]) return atoi(text);
+  return config ? ((const struct fake_config *)config)->blocking : otherwise;
+}
+
+static _Thread_local int fakeGroupLater; /* communicators of the group that do not block */
+
+static int fake_comm_make(void **comm, int nRanks, int rank, uint64_t hash, int blocking) {
   struct fake_comm *made = calloc(1, sizeof(*made));
 
   if (!made) return 2;
   made->rank = rank;
   made->nRanks = nRanks;
   made->hash = hash;
-  made->blocking = config ? ((const struct fake_config *)config)->blocking : 1;
-  made->busy = !made->blocking;
+  made->blocking = blocking;
   fake_plugins_open(made);
   pthread_mutex_lock(&fakeLock);
   fakeState.comms++;
+  made->busy = made->blocking ? 0 : fakeState.polls;
+  made->error = made->blocking ? FAKE_SUCCESS : fakeState.initError;
   pthread_mutex_unlock(&fakeLock);
-  *comm = made;
+  if (!blocking && fake_group_depth() > 0) fakeGroupLater++;
+  __atomic_store_n(comm, made, __ATOMIC_RELEASE);
   return made->blocking ? FAKE_SUCCESS : FAKE_IN_PROGRESS;
 }
 
@@ -214,20 +237,26 @@ static uint64_t fake_hash(const void *bytes, size_t nBytes) {
 
 FAKE_TWIN(ncclCommInitRank);
 int pncclCommInitRank(void **comm, int nRanks, fake_id id, int rank) {
+  int result;
+
   if (fakeState.result > 1) return fakeState.result;
-  return fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), NULL);
+  result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(NULL, 1));
+  if (result != FAKE_IN_PROGRESS || fake_group_depth() > 0) return result;
+  ((struct fake_comm *)*comm)->busy = 0; /* this call waits in any case */
+  return FAKE_SUCCESS;
 }
 FAKE_WEAK(ncclCommInitRank);
 
 FAKE_TWIN(ncclCommInitRankConfig);
 int pncclCommInitRankConfig(void **comm, int nRanks, fake_id id, int rank, void *config) {
-  return fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), config);
+  return fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(config, 1));
 }
 FAKE_WEAK(ncclCommInitRankConfig);
 
 FAKE_TWIN(ncclCommInitRankScalable);
 int pncclCommInitRankScalable(void **comm, int nRanks, int rank, int nIds, const fake_id *ids, void *config) {
-  return fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)), config);
+  return fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)),
+                        fake_blocking(config, 1));
 }
 FAKE_WEAK(ncclCommInitRankScalable);
 
@@ -235,12 +264,12 @@ FAKE_TWIN(ncclCommInitAll);
 int pncclCommInitAll(void **comms, int nDevices, const int *devices) {
   static atomic_ullong count = 1000;
   const uint64_t hash = atomic_fetch_add(&count, 1);
+  int result = FAKE_SUCCESS;
 
   (void)devices;
-  for (int i = 0; i < nDevices; i++) {
-    if (fake_comm_make(&comms[i], nDevices, i, hash, NULL) != FAKE_SUCCESS) return 2;
-  }
-  return FAKE_SUCCESS;
+  for (int i = 0; i < nDevices && result != 2; i++)
+    result = fake_comm_make(&comms[i], nDevices, i, hash, fake_blocking(NULL, 1));
+  return result;
 }
 FAKE_WEAK(ncclCommInitAll);
 
@@ -251,17 +280,18 @@ struct fake_child {
   void **place;
   uint64_t hash;
   const void *thread;
-  int nRanks, rank;
+  int nRanks, rank, blocking;
 };
 static struct fake_child fakeChildren[FAKE_CHILDREN];
 static int fakeChildCount;
 static _Thread_local char fakeThread;
 
 static void fake_child_make(const struct fake_child *child) {
-  const struct fake_config config = {child->parent->blocking};
+  void *made = NULL;
 
-  (void)fake_comm_make(child->place, child->nRanks, child->rank, child->hash, &config);
-  if (*child->place) ((struct fake_comm *)*child->place)->busy = 0;
+  (void)fake_comm_make(&made, child->nRanks, child->rank, child->hash, child->blocking);
+  if (made) ((struct fake_comm *)made)->busy = 0; /* its parent said so */
+  __atomic_store_n(child->place, made, __ATOMIC_RELEASE);
 }
 
 /* Makes those of the thread's group, or those that a parent has. */
@@ -291,11 +321,15 @@ static void fake_children_drop(const struct fake_comm *parent) {
   pthread_mutex_unlock(&fakeLock);
 }
 
-static int fake_child(struct fake_comm *parent, int colour, void **comm) {
-  struct fake_child child = {parent, comm, 0, &fakeThread, fakeState.childRanks, fakeState.childRank};
+static int fake_child(struct fake_comm *parent, int colour, void **comm, const void *config) {
+  struct fake_child child = {parent, comm, 0, &fakeThread, fakeState.childRanks, fakeState.childRank, 1};
   uint64_t words[3];
+  int state = FAKE_SUCCESS;
 
   if (!parent) return FAKE_INVALID;
+  if (!parent->blocking) (void)ncclCommGetAsyncError(parent, &state);
+  if (state != FAKE_SUCCESS) return FAKE_INVALID;
+  child.blocking = fake_blocking(config, parent->blocking);
   *comm = NULL;
   words[0] = parent->hash;
   words[1] = (uint64_t)++parent->nChildren;
@@ -309,21 +343,21 @@ static int fake_child(struct fake_comm *parent, int colour, void **comm) {
   pthread_mutex_lock(&fakeLock);
   if (fakeChildCount < FAKE_CHILDREN) fakeChildren[fakeChildCount++] = child;
   pthread_mutex_unlock(&fakeLock);
-  if (!parent->blocking) parent->busy = 1;
-  return parent->blocking ? FAKE_SUCCESS : FAKE_IN_PROGRESS;
+  if (!parent->blocking) parent->busy = fakeState.polls;
+  return parent->blocking || fakeState.lateSuccess ? FAKE_SUCCESS : FAKE_IN_PROGRESS;
 }
 
 FAKE_TWIN(ncclCommSplit);
 int pncclCommSplit(void *parent, int colour, int key, void **comm, void *config) {
-  (void)key, (void)config;
-  return fake_child(parent, colour, comm);
+  (void)key;
+  return fake_child(parent, colour, comm, config);
 }
 FAKE_WEAK(ncclCommSplit);
 
 FAKE_TWIN(ncclCommShrink);
 int pncclCommShrink(void *parent, int *excluded, int nExcluded, void **comm, void *config, int flags) {
-  (void)excluded, (void)nExcluded, (void)config, (void)flags;
-  return fake_child(parent, 1 << 20, comm);
+  (void)excluded, (void)nExcluded, (void)flags;
+  return fake_child(parent, 1 << 20, comm, config);
 }
 FAKE_WEAK(ncclCommShrink);
 
@@ -331,8 +365,12 @@ FAKE_TWIN(ncclCommGrow);
 int pncclCommGrow(void *parent, int nRanks, const fake_id *id, int rank, void **comm, void *config) {
   const struct fake_comm *old = parent;
 
+  int result;
+
   (void)id;
-  return fake_comm_make(comm, nRanks, old ? old->rank : rank, 31415, config);
+  result = fake_comm_make(comm, nRanks, old ? old->rank : rank, 31415,
+                          fake_blocking(config, old ? old->blocking : 1));
+  return result == FAKE_IN_PROGRESS && fakeState.lateSuccess ? FAKE_SUCCESS : result;
 }
 FAKE_WEAK(ncclCommGrow);
 
@@ -340,7 +378,7 @@ FAKE_TWIN(ncclCommGetAsyncError);
 int pncclCommGetAsyncError(void *comm, int *error) {
   struct fake_comm *asked = comm;
 
-  *error = asked->busy > 0 ? FAKE_IN_PROGRESS : FAKE_SUCCESS;
+  *error = asked->busy > 0 ? FAKE_IN_PROGRESS : asked->error;
   if (asked->busy > 0) asked->busy--;
   if (*error == FAKE_SUCCESS) fake_children_make(NULL, comm);
   return FAKE_SUCCESS;
@@ -357,9 +395,21 @@ int pncclGroupEnd(void) {
   pthread_mutex_lock(&fakeLock);
   for (int i = 0; i < fakeChildCount; i++) pending += fakeChildren[i].thread == &fakeThread;
   pthread_mutex_unlock(&fakeLock);
+  pending += fakeGroupLater;
+  fakeGroupLater = 0;
   return result == FAKE_SUCCESS && pending > 0 ? FAKE_IN_PROGRESS : result;
 }
 FAKE_WEAK(ncclGroupEnd);
+
+FAKE_TWIN(ncclGroupSimulateEnd);
+int pncclGroupSimulateEnd(void *info) {
+  const int result = fake_record((struct fake_call){.name = "ncclGroupSimulateEnd", .recv = info}, -1);
+
+  fake_group_drop();
+  if (fake_group_leave() == 0) fake_children_make(&fakeThread, NULL);
+  return result;
+}
+FAKE_WEAK(ncclGroupSimulateEnd);
 
 /* ---- the end ---- */
 static int fake_comm_end(struct fake_comm *comm, const char *name) {
@@ -386,6 +436,14 @@ int pncclCommAbort(void *comm) {
   return fake_comm_end(comm, "ncclCommAbort");
 }
 FAKE_WEAK(ncclCommAbort);
+
+FAKE_TWIN(ncclCommRevoke);
+int pncclCommRevoke(void *comm, int flags) {
+  const int result = fake_record((struct fake_call){.name = "ncclCommRevoke", .comm = comm}, 0);
+
+  return flags == 0 ? result : FAKE_INVALID;
+}
+FAKE_WEAK(ncclCommRevoke);
 
 FAKE_TWIN(ncclCommFinalize);
 int pncclCommFinalize(void *comm) {

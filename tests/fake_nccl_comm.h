@@ -11,7 +11,7 @@ struct fake_comm {
   void *tunerContext;
   char back[3000];
   int rank, nRanks;
-  int blocking, busy; /* busy: answers until it is ready */
+  int blocking, busy, error; /* busy: answers until it is ready; error: how it is then */
   int nChildren;
   uint64_t hash;
 };
@@ -24,5 +24,7 @@ void fake_group_enter(void);
 /* Returns how deep the thread still is. */
 int fake_group_leave(void);
 int fake_group_depth(void);
+/* The operations that the thread has issued in its group are not told. */
+void fake_group_drop(void);
 
 #endif

@@ -30,19 +30,19 @@ static void *fake_library_open(const char *variable) {
   return name ? dlopen(name, RTLD_NOW | RTLD_LOCAL) : NULL;
 }
 
-static int fake_version(const char *variable) {
+static int fake_version(const char *variable, int newest) {
   const char *text = getenv(variable);
 
-  return text ? atoi(text) : 6;
+  return text ? atoi(text) : newest;
 }
 
 static void fake_libraries_open(void) {
   char table[32];
-  const int profiler = fake_version("FAKE_NCCL_PROFILER");
+  const int profiler = fake_version("FAKE_NCCL_PROFILER", NCCL_NEWEST_PROFILER);
 
   fakeTunerLibrary = fake_library_open("NCCL_TUNER_PLUGIN");
   fakeProfilerLibrary = fake_library_open("NCCL_PROFILER_PLUGIN");
-  snprintf(table, sizeof(table), "ncclTunerPlugin_v%d", fake_version("FAKE_NCCL_TUNER"));
+  snprintf(table, sizeof(table), "ncclTunerPlugin_v%d", fake_version("FAKE_NCCL_TUNER", NCCL_NEWEST_TABLE));
   if (fakeTunerLibrary) fakeTuner = dlsym(fakeTunerLibrary, table);
   if (fakeProfilerLibrary && !nccl_profiler_find(fakeProfilerLibrary, profiler, profiler, &fakeProfiler)) {
     dlclose(fakeProfilerLibrary);
@@ -129,6 +129,10 @@ int fake_group_leave(void) {
   if (fakeDepth > 0) fakeDepth--;
   if (fakeDepth == 0) fake_pending_launch();
   return fakeDepth;
+}
+
+void fake_group_drop(void) {
+  fakePendingCount = 0;
 }
 
 int fake_group_depth(void) {

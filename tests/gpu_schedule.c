@@ -1,6 +1,7 @@
 /* ULTRAEP_P2P=schedule under a real NCCL: ranks are threads on one GPU, and call NCCL's functions as the
  * takeover would lead them: through p2p.h, with the loaded NCCL's as originals. Random uneven groups on one
- * and two streams, several communicators, a split one, graphs, ends with and without abort. */
+ * and two streams, several communicators, split and grown ones, groups that hold collectives, too, graphs,
+ * ends with and without abort. With NCCL_COMM_BLOCKING=0 the communicators are ready later. */
 #include "p2p.h"
 #include "planner_common.h"
 #include "schedule.h"
@@ -42,6 +43,10 @@ static struct {
   int (*getUniqueId)(p2p_unique_id_t *id);
   int (*memAlloc)(void **ptr, size_t bytes);
   int (*memFree)(void *ptr);
+  int (*commGetUniqueId)(void *comm, p2p_unique_id_t *id); /* null: communicators do not grow */
+  int (*allReduce)(const void *send, void *recv, size_t count, int type, int op, void *comm,
+                   cudaStream_t stream);
+  bool isLater;  /* NCCL_COMM_BLOCKING=0 */
   bool fromNccl; /* buffers are ncclMemAlloc's, which peers map */
 } world;
 
@@ -52,8 +57,8 @@ static struct {
 #define CALL(self, call)                                                                                     \
   do {                                                                                                       \
     int callResult = (call);                                                                                 \
-    CHECK(self, callResult == 0, "line %d: %s is %d (%s)", __LINE__, #call, callResult,                      \
-          ultraepGetLastError());                                                                            \
+    CHECK(self, callResult == 0 || (world.isLater && callResult == P2P_NCCL_IN_PROGRESS),                    \
+          "line %d: %s is %d (%s)", __LINE__, #call, callResult, ultraepGetLastError());                     \
   } while (0)
 
 static void meet(void) {
@@ -67,6 +72,16 @@ static bool stream_ends(cudaStream_t stream, int seconds) {
     nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
   }
   return false;
+}
+
+/* The communicator, or what was asked of it, is there. */
+static void ready(rank_t *self, void *comm) {
+  int state = P2P_NCCL_IN_PROGRESS;
+  for (int i = 0; i < 600000 && state == P2P_NCCL_IN_PROGRESS && !self->flaw[0]; i++) {
+    CALL(self, p2p_comm_async_error(comm, &state));
+    if (state == P2P_NCCL_IN_PROGRESS) nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+  }
+  CHECK(self, state == 0, "the communicator's state is %d", state);
 }
 
 /* ---- what is exchanged: any rank can draw any pair's sizes ---- */
@@ -165,8 +180,13 @@ static void rank_open(rank_t *self) {
     CALL(self, cudaMalloc((void **)&self->recv, ARENA));
   }
   meet();
-  CALL(self, p2p_comm_init_rank(&self->comm, self->nRanks, world.id, self->rank));
-  CHECK(self, schedule_find(self->comm), "the communicator is not scheduled: %s", ultraepGetLastError());
+  if (world.isLater)
+    CALL(self, p2p_comm_init_rank_config(&self->comm, self->nRanks, world.id, self->rank, NULL));
+  else
+    CALL(self, p2p_comm_init_rank(&self->comm, self->nRanks, world.id, self->rank));
+  ready(self, self->comm);
+  CHECK(self, schedule_is_scheduled(self->comm), "the communicator is not scheduled: %s",
+        ultraepGetLastError());
 }
 
 static void rank_close(rank_t *self) {
@@ -308,12 +328,14 @@ static void test_graph(void **state) {
 static void split_work(rank_t *self) {
   void *twin = NULL, *half = NULL;
   CALL(self, p2p_comm_split(self->comm, 0, self->rank, &twin, NULL));
-  CHECK(self, schedule_find(twin), "the twin is not scheduled");
+  ready(self, self->comm);
+  CHECK(self, schedule_is_scheduled(twin), "the twin is not scheduled");
   meet();
   CALL(self, p2p_group_start());
   CALL(self, p2p_comm_split(self->comm, self->rank % 2, self->rank, &half, NULL));
   CALL(self, p2p_group_end());
-  CHECK(self, schedule_find(half), "the half is not scheduled");
+  ready(self, self->comm);
+  CHECK(self, schedule_is_scheduled(half), "the half is not scheduled");
   meet();
   self->round = 7;
   fill(self);
@@ -335,6 +357,128 @@ static void test_split(void **state) {
   run(4, true, split_work);
 }
 
+/* The first half of the ranks has a communicator, which grows by the others. */
+static void grow_work(rank_t *self) {
+  const bool isOld = self->rank < self->nRanks / 2;
+  void *old = NULL, *grown = NULL;
+  CALL(self, p2p_comm_split(self->comm, isOld ? 0 : -1, self->rank, &old, NULL));
+  ready(self, self->comm);
+  if (self->rank == 0) CALL(self, world.commGetUniqueId(old, &world.id));
+  meet();
+  CALL(self,
+       p2p_comm_grow(old, self->nRanks, isOld ? NULL : &world.id, isOld ? -1 : self->rank, &grown, NULL));
+  if (grown) ready(self, grown);
+  CHECK(self, schedule_is_scheduled(grown), "the grown communicator is not scheduled: %s",
+        ultraepGetLastError());
+  meet();
+  self->round = 9;
+  fill(self);
+  meet();
+  if (!self->flaw[0]) exchange(self, grown, true);
+  verify(self);
+  meet();
+  if (grown) CALL(self, p2p_comm_destroy(grown));
+  meet();
+  if (old) CALL(self, p2p_comm_destroy(old));
+}
+
+static void test_grow(void **state) {
+  (void)state;
+  if (!world.commGetUniqueId) skip();
+  run(4, true, grow_work);
+}
+
+/* Groups that hold a collective of NCCL's, too, on the same communicator and stream. */
+static void mixed_work(rank_t *self) {
+  float *sums = NULL, mine = (float)self->rank, sum = 0;
+  int expected = self->nRanks * (self->nRanks - 1) / 2;
+  CALL(self, cudaMalloc((void **)&sums, 2 * sizeof(*sums)));
+  /* NCCL connects at its first collective; ranks that share a process and a GPU can wait for each other then.
+   */
+  CALL(self, world.allReduce(sums, sums + 1, 1, 7, 0, self->comm, self->streams[0]));
+  ready(self, self->comm);
+  CHECK(self, stream_ends(self->streams[0], 20), "the first collective does not end");
+  for (self->round = 0; self->round < 4; self->round++) {
+    fill(self);
+    CALL(self, cudaMemcpy(sums, &mine, sizeof(mine), cudaMemcpyHostToDevice));
+    meet();
+    CALL(self, p2p_group_start());
+    CALL(self, world.allReduce(sums, sums + 1, 1, 7, 0, self->comm, self->streams[0]));
+    exchange(self, self->comm, false);
+    CALL(self, p2p_group_end());
+    ready(self, self->comm);
+    verify(self);
+    CALL(self, cudaMemcpy(&sum, sums + 1, sizeof(sum), cudaMemcpyDeviceToHost));
+    CHECK(self, sum == (float)expected, "the sum is %f", (double)sum);
+    meet();
+  }
+  CALL(self, cudaFree(sums));
+}
+
+static void test_mixed(void **state) {
+  (void)state;
+  run(4, true, mixed_work);
+}
+
+/* More operations than fit the kernel's argument, captured more often than there once were places, in the
+ * mode that forbids allocations. */
+enum { LARGE_OPS = 5000, LARGE_BYTES = 64, LARGE_GRAPHS = 12 };
+
+static void large_exchange(rank_t *self) {
+  int next = (self->rank + 1) % self->nRanks, previous = (self->rank + self->nRanks - 1) % self->nRanks;
+  CALL(self, p2p_group_start());
+  for (size_t i = 0; i < LARGE_OPS; i++) {
+    CALL(self,
+         p2p_send(self->send + i * LARGE_BYTES, LARGE_BYTES, TYPE_INT8, next, self->comm, self->streams[0]));
+    CALL(self, p2p_recv(self->recv + i * LARGE_BYTES, LARGE_BYTES, TYPE_INT8, previous, self->comm,
+                        self->streams[0]));
+  }
+  CALL(self, p2p_group_end());
+}
+
+static void large_verify(rank_t *self) {
+  int previous = (self->rank + self->nRanks - 1) % self->nRanks;
+  CHECK(self, stream_ends(self->streams[0], 20), "it does not end");
+  if (self->flaw[0]) return;
+  CALL(self, cudaMemcpyAsync(self->host, self->recv, ARENA, cudaMemcpyDeviceToHost, self->streams[0]));
+  CALL(self, cudaStreamSynchronize(self->streams[0]));
+  for (size_t i = 0; i < LARGE_OPS * LARGE_BYTES; i++)
+    CHECK(self, self->host[i] == value(self->round, previous, i), "byte %zu", i);
+}
+
+static void large_work(rank_t *self) {
+  cudaGraphExec_t execs[LARGE_GRAPHS] = {0};
+  self->round = 3;
+  fill(self);
+  meet();
+  large_exchange(self);
+  large_verify(self);
+  for (int i = 0; i < 2 * LARGE_GRAPHS; i++) {
+    cudaGraphExec_t *exec = &execs[i % LARGE_GRAPHS];
+    cudaGraph_t graph;
+    if (*exec) CALL(self, cudaGraphExecDestroy(*exec)); /* its place is free again */
+    CALL(self, cudaStreamBeginCapture(self->streams[0], cudaStreamCaptureModeThreadLocal));
+    large_exchange(self);
+    CALL(self, cudaStreamEndCapture(self->streams[0], &graph));
+    CALL(self, cudaGraphInstantiate(exec, graph, 0));
+    CALL(self, cudaGraphDestroy(graph));
+  }
+  meet();
+  for (int i = 0; i < LARGE_GRAPHS && !self->flaw[0]; i++) {
+    CALL(self, cudaGraphLaunch(execs[i], self->streams[0]));
+    large_exchange(self);
+  }
+  large_verify(self);
+  meet();
+  for (int i = 0; i < LARGE_GRAPHS; i++)
+    if (execs[i]) CALL(self, cudaGraphExecDestroy(execs[i]));
+}
+
+static void test_large(void **state) {
+  (void)state;
+  run(2, true, large_work);
+}
+
 /* Rank 0 waits for one that does not come, and aborts. */
 static void abort_work(rank_t *self) {
   if (self->rank == 0) CALL(self, p2p_recv(self->recv, 1000, TYPE_INT8, 1, self->comm, self->streams[0]));
@@ -352,6 +496,31 @@ static void abort_work(rank_t *self) {
 static void test_abort(void **state) {
   (void)state;
   run(2, true, abort_work);
+}
+
+/* One that no other rank joins is given up while NCCL makes it; the others are as before. */
+static void early_work(rank_t *self) {
+  p2p_unique_id_t id;
+  void *lonely = NULL;
+  int state = 0;
+  self->round = 2;
+  CALL(self, world.getUniqueId(&id));
+  CALL(self, p2p_comm_init_rank_config(&lonely, self->nRanks, id, self->rank, NULL));
+  CALL(self, p2p_comm_async_error(lonely, &state));
+  CHECK(self, state == P2P_NCCL_IN_PROGRESS, "the state is %d", state);
+  CHECK(self, p2p_send(self->send, 1, TYPE_INT8, 0, lonely, self->streams[0]) == P2P_NCCL_INVALID_ARGUMENT,
+        "it was not refused");
+  CALL(self, p2p_comm_abort(lonely));
+  fill(self);
+  meet();
+  exchange(self, self->comm, false);
+  verify(self);
+}
+
+static void test_early(void **state) {
+  (void)state;
+  if (!world.isLater) skip();
+  run(2, true, early_work);
 }
 
 static void nothing_work(rank_t *self) {
@@ -388,14 +557,20 @@ static bool nccl_find(void) {
   world.getUniqueId = (int (*)(p2p_unique_id_t *))dlsym(library, "ncclGetUniqueId");
   world.memAlloc = (int (*)(void **, size_t))dlsym(library, "ncclMemAlloc");
   world.memFree = (int (*)(void *))dlsym(library, "ncclMemFree");
-  return world.getUniqueId && world.memAlloc && world.memFree;
+  world.commGetUniqueId = (int (*)(void *, p2p_unique_id_t *))dlsym(library, "ncclCommGetUniqueId");
+  world.allReduce =
+      (int (*)(const void *, void *, size_t, int, int, void *, cudaStream_t))dlsym(library, "ncclAllReduce");
+  return world.getUniqueId && world.memAlloc && world.memFree && world.allReduce;
 }
 
 /* Optional arguments: rounds of random groups, and which tests. */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_random), cmocka_unit_test(test_whole),
                                      cmocka_unit_test(test_graph),  cmocka_unit_test(test_split),
+                                     cmocka_unit_test(test_grow),   cmocka_unit_test(test_mixed),
+                                     cmocka_unit_test(test_large),  cmocka_unit_test(test_early),
                                      cmocka_unit_test(test_abort),  cmocka_unit_test(test_again)};
+  const char *blocking = getenv("NCCL_COMM_BLOCKING");
   setenv("ULTRAEP_P2P", "schedule", 0);
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   GPU_REQUIRE();
@@ -403,6 +578,7 @@ int main(int argc, char **argv) {
     printf("no NCCL 2.30 or later: skipped\n");
     return GPU_SKIP_CODE;
   }
+  world.isLater = blocking && strcmp(blocking, "0") == 0;
   if (argc > 1) nRounds = atoi(argv[1]);
   if (argc > 2) cmocka_set_test_filter(argv[2]);
   return cmocka_run_group_tests_name("gpu_schedule", tests, NULL, NULL);

@@ -194,7 +194,7 @@ static void wait_ready(const struct client *from, void *comm) {
 /* A communicator that does not block is in progress after each call, and then says nothing of itself. */
 static void test_non_blocking(void **state) {
   const struct client *from = client_open("now");
-  struct fake_config config = {.blocking = 0};
+  struct fake_config config = FAKE_CONFIG(0);
   void *parent, *child, *plain;
   uint64_t id;
 
@@ -225,6 +225,17 @@ static void test_non_blocking(void **state) {
   assert_int_equal(from->groupEnd(), FAKE_IN_PROGRESS);
   assert_null(child);
   wait_ready(from, parent);
+  id = record->sums().hash;
+  assert_int_equal(from->send(NULL, 1, 0, 0, child, NULL), FAKE_IN_PROGRESS);
+  assert_true(record->sums().hash != 0 && record->sums().hash != id);
+  assert_int_equal(from->destroy(child), 0);
+  /* As NCCL does: success, and the child is not there yet. */
+  nccl->lateSuccess = 1;
+  wait_ready(from, parent);
+  assert_int_equal(from->split(parent, 3, 0, &child, NULL), 0);
+  assert_null(child);
+  wait_ready(from, parent);
+  nccl->lateSuccess = 0;
   id = record->sums().hash;
   assert_int_equal(from->send(NULL, 1, 0, 0, child, NULL), FAKE_IN_PROGRESS);
   assert_true(record->sums().hash != 0 && record->sums().hash != id);

@@ -6,11 +6,12 @@
 #include <unistd.h>
 
 enum { SLOT_NAME, SLOT_INIT, SLOT_START, SLOT_STOP, SLOT_STATE, SLOT_FINALIZE };
-enum { EVENT_BYTES = 128, TYPES = 12, NOT_THERE = -1 };
+enum { EVENT_BYTES = 144, TYPES = 12, NOT_THERE = -1 };
 enum { STATE_CONTROL_IDLE = 13, STATE_OP_IN_PROGRESS = 19, STATE_NET_UPDATE = 21, STATE_KERNEL_STOP = 22 };
+enum { STATE_PHASE_STOP = 31 };
 enum { STATE_STEP_SEND_WAIT = 9, STATE_GROUP_STARTED = 23, STATE_GROUP_ENDS = 24 };
 
-/* Offsets by version 1 to 6, of NCCL's structs on 64-bit Linux; text: a pointer to a name, else a number of
+/* Offsets by version 1 to 7, of NCCL's structs on 64-bit Linux; text: a pointer to a name, else a number of
  * that many bytes. */
 struct field {
   const char *name;
@@ -18,32 +19,36 @@ struct field {
   int offsets[NCCL_NEWEST_PROFILER];
 };
 static const struct field fields[] = {
-    {"parent", 8, {8, 8, 8, 8, 8, 8}},
-    {"rank", 4, {16, 16, 16, 16, 16, 16}},
-    {"coll.hash", 8, {32, 32, 32, NOT_THERE, NOT_THERE, NOT_THERE}},
-    {"coll.sequence", 8, {40, 40, 40, 24, 24, 24}},
-    {"coll.function", 0, {48, 48, 48, 32, 32, 32}},
-    {"coll.count", 8, {72, 72, 72, 56, 56, 56}},
-    {"coll.root", 4, {80, 80, 80, 64, 64, 64}},
-    {"coll.type", 0, {84, 88, 88, 72, 72, 72}},
-    {"coll.warps", 1, {105, 105, 97, 81, 81, 81}},
-    {"coll.protocol", 0, {107, 120, 112, 96, 96, 96}},
-    {"coll.group", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 104, 104}},
-    {"p2p.hash", 8, {32, 32, 32, NOT_THERE, NOT_THERE, NOT_THERE}},
-    {"p2p.function", 0, {40, 40, 40, 24, 24, 24}},
-    {"p2p.buffer", 8, {48, 48, 48, 32, 32, 32}},
-    {"p2p.type", 0, {56, 56, 56, 40, 40, 40}},
-    {"p2p.count", 8, {64, 64, 64, 48, 48, 48}},
-    {"p2p.peer", 4, {72, 72, 72, 56, 56, 56}},
-    {"p2p.group", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 64, 64}},
-    {"op.pid", 4, {24, 24, 24, 24, 24, 24}},
-    {"op.steps", 4, {36, 36, 36, 36, 36, 36}},
-    {"op.isSend", 4, {44, 44, 44, 44, 44, 44}},
-    {"step", 4, {24, 24, 24, 24, 24, 24}},
-    {"kernel.channel", 1, {NOT_THERE, NOT_THERE, 24, 24, 24, 24}},
-    {"kernel.time", 8, {NOT_THERE, NOT_THERE, NOT_THERE, 32, 32, 32}},
-    {"net.id", 8, {NOT_THERE, NOT_THERE, 24, 24, 24, 24}},
-    {"ce.stream", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 104}},
+    {"parent", 8, {8, 8, 8, 8, 8, 8, 8}},
+    {"rank", 4, {16, 16, 16, 16, 16, 16, 16}},
+    {"coll.hash", 8, {32, 32, 32, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE}},
+    {"coll.sequence", 8, {40, 40, 40, 24, 24, 24, 24}},
+    {"coll.function", 0, {48, 48, 48, 32, 32, 32, 32}},
+    {"coll.count", 8, {72, 72, 72, 56, 56, 56, 56}},
+    {"coll.root", 4, {80, 80, 80, 64, 64, 64, 64}},
+    {"coll.type", 0, {84, 88, 88, 72, 72, 72, 72}},
+    {"coll.warps", 1, {105, 105, 97, 81, 81, 81, 81}},
+    {"coll.protocol", 0, {107, 120, 112, 96, 96, 96, 96}},
+    {"coll.group", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 104, 104, 104}},
+    {"p2p.hash", 8, {32, 32, 32, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE}},
+    {"p2p.function", 0, {40, 40, 40, 24, 24, 24, 24}},
+    {"p2p.buffer", 8, {48, 48, 48, 32, 32, 32, 32}},
+    {"p2p.type", 0, {56, 56, 56, 40, 40, 40, 40}},
+    {"p2p.count", 8, {64, 64, 64, 48, 48, 48, 48}},
+    {"p2p.peer", 4, {72, 72, 72, 56, 56, 56, 56}},
+    {"p2p.group", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 64, 64, 64}},
+    {"op.pid", 4, {24, 24, 24, 24, 24, 24, 24}},
+    {"op.steps", 4, {36, 36, 36, 36, 36, 36, 36}},
+    {"op.isSend", 4, {44, 44, 44, 44, 44, 44, 44}},
+    {"step", 4, {24, 24, 24, 24, 24, 24, 24}},
+    {"kernel.channel", 1, {NOT_THERE, NOT_THERE, 24, 24, 24, 24, 24}},
+    {"kernel.time", 8, {NOT_THERE, NOT_THERE, NOT_THERE, 32, 32, 32, 32}},
+    {"net.id", 8, {NOT_THERE, NOT_THERE, 24, 24, 24, 24, 24}},
+    {"coll.tag", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 128}},
+    {"p2p.tag", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 72}},
+    {"phase.number", 1, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 25}},
+    {"phase.name", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 32}},
+    {"ce.stream", 8, {NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, NOT_THERE, 104, 104}},
 };
 
 /* ---- fields ---- */
@@ -101,7 +106,7 @@ static const char *const functionNames[] = {"AllReduce", "Send", "Recv"};
 static const int functionCodes[] = {4, 6, 7};
 
 int nccl_profiler_types(int version) {
-  static const int types[] = {0x3f, 0x3f, 0xff, 0xff, 0xfff, 0x7fff};
+  static const int types[] = {0x3f, 0x3f, 0xff, 0xff, 0xfff, 0x7fff, 0xffff};
 
   return types[version - 1];
 }
@@ -236,6 +241,24 @@ static void flow_proxy(struct flow *flow, void *task, int pid, void *context) {
   flow_stop(flow, op);
 }
 
+/* A kernel's phases, in 2.31 and later. */
+static void flow_phases(struct flow *flow, void *kernel) {
+  static const char *const names[] = {"initial_sync", "compute", "final_sync"};
+
+  if (flow->version < 7 || !kernel || !(flow->mask & EVENT_KERNEL_PHASE)) return;
+  for (unsigned phase = 0; phase < 3; phase++) {
+    unsigned char event[EVENT_BYTES] = {0};
+    void *handle;
+
+    event_set(flow->version, event, "parent", (uint64_t)(uintptr_t)kernel);
+    event_set(flow->version, event, "phase.number", phase);
+    event_set(flow->version, event, "phase.name", (uint64_t)(uintptr_t)names[phase]);
+    handle = flow_start(flow, EVENT_KERNEL_PHASE, event, flow->comm->context);
+    flow_state(flow, handle, STATE_PHASE_STOP, true);
+    flow_stop(flow, handle);
+  }
+}
+
 static void flow_kernel(struct flow *flow, void *task) {
   unsigned char event[EVENT_BYTES] = {0};
   void *handle;
@@ -245,6 +268,7 @@ static void flow_kernel(struct flow *flow, void *task) {
   event_set(flow->version, event, "kernel.channel", 7);
   event_set(flow->version, event, "kernel.time", 1234567);
   handle = flow_start(flow, EVENT_KERNEL_CHANNEL, event, flow->comm->context);
+  flow_phases(flow, handle);
   if (flow->version >= 4) flow_state(flow, handle, STATE_KERNEL_STOP, true);
   flow_stop(flow, handle);
 }
@@ -263,6 +287,7 @@ static void *flow_task(struct flow *flow, const struct nccl_operation *operation
   event_set(v, event, isColl ? "coll.count" : "p2p.count", operation->count);
   event_set(v, event, isColl ? "coll.root" : "p2p.peer", (uint64_t)(uint32_t)operation->peer);
   event_set(v, event, isColl ? "coll.group" : "p2p.group", (uint64_t)(uintptr_t)group);
+  event_set(v, event, isColl ? "coll.tag" : "p2p.tag", 1234);
   if (isColl) {
     event_set(v, event, "coll.sequence", 42);
     event_set(v, event, "coll.warps", 16);
@@ -294,7 +319,7 @@ static void flow_copy_engine(struct flow *flow, void *api) {
 
 static void *flow_api_start(struct flow *flow, const struct nccl_operation *operations, int nOperations,
                             void **apis) {
-  const int all = nccl_profiler_types(6) & ~EVENT_PROXY_CONTROL;
+  const int all = nccl_profiler_types(NCCL_NEWEST_PROFILER) & ~EVENT_PROXY_CONTROL;
   void *group = NULL;
 
   if (flow->version < 5) return NULL;

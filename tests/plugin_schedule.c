@@ -10,6 +10,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <cmocka.h>
 
@@ -17,6 +18,7 @@
 #define MOST 600
 
 struct scheduleComm {
+  scheduleUse_t use;
   int number, error, refuses;
 };
 
@@ -25,7 +27,7 @@ typedef struct {
   scheduleOp_t ops[MOST];
 } launch_t;
 
-static struct scheduleComm comms[3] = {{0, 0, 0}, {1, 0, 0}, {2, 0, 0}};
+static struct scheduleComm comms[3];
 static _Thread_local launch_t launches[8];
 static _Thread_local int nLaunches;
 
@@ -63,7 +65,19 @@ static int add(int comm, int number, int peer, bool isRecv, int depth) {
 static int setup(void **state) {
   (void)state;
   nLaunches = 0;
-  for (int i = 0; i < 3; i++) comms[i] = (struct scheduleComm){i, 0, 0};
+  for (int i = 0; i < 3; i++) {
+    comms[i] = (struct scheduleComm){.number = i};
+    schedule_add_comm(&comms[i], &comms[i]);
+  }
+  return 0;
+}
+
+static int teardown(void **state) {
+  (void)state;
+  for (int i = 0; i < 3; i++) {
+    (void)schedule_remove_comm(&comms[i]);
+    assert_int_equal(atomic_load(&comms[i].use.users), 0);
+  }
   return 0;
 }
 
@@ -71,17 +85,79 @@ static void find_test(void **state) {
   int handles[3] = {0, 0, 0};
 
   (void)state;
-  assert_null(schedule_find(&handles[0]));
+  assert_null(schedule_hold(&handles[0]));
+  assert_null(schedule_hold(NULL));
+  schedule_release(NULL);
   for (int i = 0; i < 3; i++) schedule_add_comm(&handles[i], &comms[i]);
-  for (int i = 0; i < 3; i++) assert_ptr_equal(schedule_find(&handles[i]), &comms[i]);
-  assert_null(schedule_find(&comms[0]));
+  for (int i = 0; i < 3; i++) {
+    assert_ptr_equal(schedule_hold(&handles[i]), &comms[i]);
+    assert_int_equal(atomic_load(&comms[i].use.users), 1);
+    schedule_release(&comms[i]);
+    assert_true(schedule_is_scheduled(&handles[i]));
+    assert_int_equal(atomic_load(&comms[i].use.users), 0);
+  }
+  assert_false(schedule_is_scheduled(&comms[0]));
   assert_ptr_equal(schedule_remove_comm(&handles[1]), &comms[1]);
   assert_null(schedule_remove_comm(&handles[1]));
-  assert_null(schedule_find(&handles[1]));
-  assert_ptr_equal(schedule_find(&handles[2]), &comms[2]);
+  assert_false(schedule_is_scheduled(&handles[1]));
+  assert_true(schedule_is_scheduled(&handles[2]));
   assert_ptr_equal(schedule_remove_comm(&handles[0]), &comms[0]);
   assert_ptr_equal(schedule_remove_comm(&handles[2]), &comms[2]);
-  assert_null(schedule_find(&handles[2]));
+  assert_false(schedule_is_scheduled(&handles[2]));
+}
+
+static void *release_run(void *argument) {
+  nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+  ((struct scheduleComm *)argument)->error = 1;
+  schedule_release(argument);
+  return NULL;
+}
+
+/* One that ends is not to be had any more, and is there until the last call has left it. */
+static void ending_test(void **state) {
+  pthread_t thread;
+
+  (void)state;
+  assert_ptr_equal(schedule_hold(&comms[1]), &comms[1]);
+  assert_ptr_equal(schedule_remove_comm(&comms[1]), &comms[1]);
+  assert_null(schedule_hold(&comms[1]));
+  assert_int_equal(pthread_create(&thread, NULL, release_run, &comms[1]), 0);
+  schedule_wait_unused(&comms[1]);
+  assert_int_equal(comms[1].error, 1);
+  pthread_join(thread, NULL);
+}
+
+/* It ends before the group does: that part of the group is refused, and not given to one at its address. */
+static void ended_in_group_test(void **state) {
+  (void)state;
+  assert_int_equal(add(1, 1, 1, false, 1), 0);
+  assert_int_equal(add(2, 2, 1, false, 1), 0);
+  assert_ptr_equal(schedule_remove_comm(&comms[1]), &comms[1]);
+  schedule_add_comm(&comms[1], &comms[1]);
+  assert_int_equal(schedule_group_ended(true), P2P_NCCL_INVALID_USAGE);
+  assert_int_equal(nLaunches, 1);
+  assert_int_equal(launches[0].comm, 2);
+}
+
+/* A set-up is told to end, before or while it looks. */
+static void setup_test(void **state) {
+  scheduleSetup_t one;
+  int32_t first = 0, second = 0;
+
+  (void)state;
+  assert_false(schedule_setup_is_aborted(NULL));
+  schedule_setup_watch(NULL, &first);
+  schedule_setup_init(&one);
+  schedule_setup_watch(&one, &first);
+  assert_false(schedule_setup_is_aborted(&one));
+  schedule_setup_abort(&one);
+  assert_true(schedule_setup_is_aborted(&one));
+  assert_int_equal(first, 1);
+  schedule_setup_watch(&one, NULL);
+  schedule_setup_abort(&one);
+  schedule_setup_watch(&one, &second);
+  assert_int_equal(second, 1);
+  pthread_mutex_destroy(&one.lock);
 }
 
 static void alone_test(void **state) {
@@ -201,10 +277,16 @@ static void lanes_test(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test_setup(find_test, setup),   cmocka_unit_test_setup(alone_test, setup),
-      cmocka_unit_test_setup(group_test, setup),  cmocka_unit_test_setup(failed_group_test, setup),
-      cmocka_unit_test_setup(errors_test, setup), cmocka_unit_test_setup(threads_test, setup),
-      cmocka_unit_test_setup(lanes_test, setup),
+      cmocka_unit_test(find_test),
+      cmocka_unit_test(setup_test),
+      cmocka_unit_test_setup_teardown(alone_test, setup, teardown),
+      cmocka_unit_test_setup_teardown(group_test, setup, teardown),
+      cmocka_unit_test_setup_teardown(failed_group_test, setup, teardown),
+      cmocka_unit_test_setup_teardown(errors_test, setup, teardown),
+      cmocka_unit_test_setup_teardown(ending_test, setup, teardown),
+      cmocka_unit_test_setup_teardown(ended_in_group_test, setup, teardown),
+      cmocka_unit_test_setup_teardown(threads_test, setup, teardown),
+      cmocka_unit_test(lanes_test),
   };
 
   return cmocka_run_group_tests_name("plugin_schedule", tests, NULL, NULL);

@@ -95,6 +95,8 @@ static void start_p2p(void *context, const void *event) {
   recorderLog.peer = (int)nccl_event_number(RECORDER_TABLE, event, "p2p.peer");
   recorderLog.rank = (int)nccl_event_number(RECORDER_TABLE, event, "rank");
   recorderLog.context = context;
+  if (nccl_event_number(RECORDER_TABLE, event, "p2p.tag") != (RECORDER_TABLE >= 7 ? 1234 : 0))
+    bad("tag of a send or receive");
   recorderLog.parent = (void *)(uintptr_t)nccl_event_number(RECORDER_TABLE, event, "parent");
 }
 
@@ -105,6 +107,8 @@ static void start_coll(const void *event) {
   if (strcmp(protocol, RECORDER_TABLE == 1 ? "2" : "SIMPLE") != 0) bad("protocol %s", protocol);
   if (nccl_event_number(RECORDER_TABLE, event, "coll.sequence") != 42) bad("sequence of a collective");
   if (nccl_event_number(RECORDER_TABLE, event, "coll.warps") != 16) bad("warps of a collective");
+  if (nccl_event_number(RECORDER_TABLE, event, "coll.tag") != (RECORDER_TABLE >= 7 ? 1234 : 0))
+    bad("tag of a collective");
 }
 
 static void start_other(uint64_t type, const void *event) {
@@ -115,6 +119,9 @@ static void start_other(uint64_t type, const void *event) {
     bad("kernel's channel");
   if (type == EVENT_NET_PLUGIN && nccl_event_number(RECORDER_TABLE, event, "net.id") != 0x10001)
     bad("net plugin's id");
+  if (type == EVENT_KERNEL_PHASE && (nccl_event_number(RECORDER_TABLE, event, "phase.number") > 2 ||
+                                     !nccl_event_text(RECORDER_TABLE, event, "phase.name")))
+    bad("kernel's phase");
   if (type == EVENT_CE_COLL && nccl_event_number(RECORDER_TABLE, event, "ce.stream") != 77) bad("CE stream");
 }
 
@@ -162,6 +169,7 @@ static int recorder_state(void *handle, int state, void *arguments) {
   (void)state, (void)arguments;
   if (handle_number(handle) < 0) bad("a strange handle has state %d", state);
   if (RECORDER_TABLE <= 3 && state > 18) bad("state %d is none of version %d", state, RECORDER_TABLE);
+  if (RECORDER_TABLE <= 6 && state > 30) bad("state %d is none of version %d", state, RECORDER_TABLE);
   if (RECORDER_TABLE == 4 && state > 22) bad("state %d is none of version 4", state);
   recorderLog.states++;
   return 0;

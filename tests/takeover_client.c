@@ -16,6 +16,7 @@ CLIENT(recv, ncclRecv, (void *buffer, size_t count, int type, int peer, void *co
        (buffer, count, type, peer, comm, stream))
 CLIENT(group_start, ncclGroupStart, (void), ())
 CLIENT(group_end, ncclGroupEnd, (void), ())
+CLIENT(group_simulate_end, ncclGroupSimulateEnd, (void *info), (info))
 CLIENT(all_reduce, ncclAllReduce,
        (const void *send, void *recv, size_t count, int type, int op, void *comm, void *stream),
        (send, recv, count, type, op, comm, stream))
@@ -51,6 +52,7 @@ CLIENT(async_error, ncclCommGetAsyncError, (void *comm, int *error), (comm, erro
 CLIENT(destroy, ncclCommDestroy, (void *comm), (comm))
 CLIENT(abort, ncclCommAbort, (void *comm), (comm))
 CLIENT(finalize, ncclCommFinalize, (void *comm), (comm))
+CLIENT(revoke, ncclCommRevoke, (void *comm, int flags), (comm, flags))
 
 /* The handle is looked at, so that dlopen's return address is in this object, as its RUNPATH needs. */
 static void *client_open(const char *file, int mode) {
@@ -64,6 +66,7 @@ __attribute__((visibility("default"))) const struct client client = {
     .recv = client_recv,
     .groupStart = client_group_start,
     .groupEnd = client_group_end,
+    .groupSimulateEnd = client_group_simulate_end,
     .allReduce = client_all_reduce,
     .allToAll = client_all_to_all,
     .gather = client_gather,
@@ -80,5 +83,6 @@ __attribute__((visibility("default"))) const struct client client = {
     .destroy = client_destroy,
     .abort = client_abort,
     .finalize = client_finalize,
+    .revoke = client_revoke,
     .open = client_open,
 };

@@ -10,6 +10,7 @@ struct client {
   __typeof__(ncclRecv) *recv;
   __typeof__(ncclGroupStart) *groupStart;
   __typeof__(ncclGroupEnd) *groupEnd;
+  __typeof__(ncclGroupSimulateEnd) *groupSimulateEnd;
   __typeof__(ncclAllReduce) *allReduce;
   __typeof__(ncclAlltoAll) *allToAll;
   __typeof__(ncclGather) *gather;
@@ -26,6 +27,7 @@ struct client {
   __typeof__(ncclCommDestroy) *destroy;
   __typeof__(ncclCommAbort) *abort;
   __typeof__(ncclCommFinalize) *finalize;
+  __typeof__(ncclCommRevoke) *revoke;
   void *(*open)(const char *file, int mode); /* dlopen */
 };
 extern const struct client client;

@@ -47,12 +47,16 @@ void nccl_open(void) {
   nccl = get();
 }
 
-int group_setup(void **state) {
-  (void)state;
+int group_setup_with(const char *library) {
   nccl_open();
-  record = dlsym(library_open("libtakeover_recorder.so", RTLD_NOW | RTLD_LOCAL), "recordTable");
+  record = dlsym(library_open(library, RTLD_NOW | RTLD_LOCAL), "recordTable");
   assert_non_null(record);
   return 0;
+}
+
+int group_setup(void **state) {
+  (void)state;
+  return group_setup_with("libtakeover_recorder.so");
 }
 
 typedef void (*logger_fn)(int level, unsigned long subsystems, const char *where, int line,

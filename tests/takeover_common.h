@@ -21,6 +21,8 @@ const struct client *client_open(const char *kind);
 void nccl_open(void);
 /* cmocka's: the fake NCCL and the plugin's code with a record in place of the traffic record. */
 int group_setup(void **state);
+/* The same with another library of such code. */
+int group_setup_with(const char *library);
 int test_setup(void **state);
 /* Takes the calls over, as a plugin's first init does. */
 void start(void);
