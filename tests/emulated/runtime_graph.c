@@ -14,8 +14,22 @@
 
 enum { CAPTURE_MAX_MEMBERS = 64 };
 
+/* What a program ties to graphs' lives. */
+struct CUuserObject_st {
+  atomic_int refs;
+  cudaHostFn_t destroy;
+  void *argument;
+};
+
+typedef struct graphObject {
+  struct graphObject *next;
+  cudaUserObject_t object;
+  unsigned int count;
+} graphObject_t;
+
 struct CUgraph_st {
   atomic_int refs; /* the handle's, those of executable graphs and of launches */
+  graphObject_t *objects;
   runtimeTask_t *first;
   int nEvents;
 };
@@ -38,6 +52,7 @@ struct runtimeCapture {
   enum cudaStreamCaptureMode mode;
   pthread_t thread;
   bool isOver, isInvalid;
+  cudaGraph_t graph; /* that it becomes; empty until the end */
   runtimeTask_t *first, *last;
   captureMember_t members[CAPTURE_MAX_MEMBERS]; /* the first is where it began */
   int nMembers;
@@ -59,12 +74,21 @@ static void tasks_free(runtimeTask_t *task) {
   }
 }
 
-static cudaGraph_t graph_make(runtimeTask_t *first) {
+static cudaGraph_t graph_make(void) {
   cudaGraph_t made = runtime_allocate(sizeof(*made));
   atomic_init(&made->refs, 1);
-  made->first = first;
-  for (const runtimeTask_t *task = first; task; task = task->next) made->nEvents += task->event != NULL;
   return made;
+}
+
+static void graph_fill(cudaGraph_t graph, runtimeTask_t *first) {
+  graph->first = first;
+  for (const runtimeTask_t *task = first; task; task = task->next) graph->nEvents += task->event != NULL;
+}
+
+static void object_drop(cudaUserObject_t object, unsigned int count) {
+  if (atomic_fetch_sub(&object->refs, (int)count) > (int)count) return;
+  object->destroy(object->argument);
+  free(object);
 }
 
 static cudaGraph_t graph_hold(cudaGraph_t graph) {
@@ -74,6 +98,12 @@ static cudaGraph_t graph_hold(cudaGraph_t graph) {
 
 static void graph_drop(cudaGraph_t graph) {
   if (atomic_fetch_sub(&graph->refs, 1) > 1) return;
+  while (graph->objects) {
+    graphObject_t *kept = graph->objects;
+    graph->objects = kept->next;
+    object_drop(kept->object, kept->count);
+    free(kept);
+  }
   tasks_free(graph->first);
   free(graph);
 }
@@ -87,6 +117,7 @@ runtimeCapture_t *runtime_capture_hold(runtimeCapture_t *capture) {
 
 void runtime_capture_drop(runtimeCapture_t *capture) {
   if (!capture || atomic_fetch_sub(&capture->refs, 1) > 1) return;
+  graph_drop(capture->graph);
   tasks_free(capture->first);
   free(capture);
 }
@@ -284,6 +315,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
   runtimeCapture_t *made = runtime_allocate(sizeof(*made));
   made->mode = mode;
   made->thread = pthread_self();
+  made->graph = graph_make();
   (void)pthread_mutex_lock(&captureLock);
   bool isFree = !capture_of(stream);
   if (isFree) {
@@ -293,7 +325,10 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     atomic_fetch_add(&nCaptures, 1);
   }
   (void)pthread_mutex_unlock(&captureLock);
-  if (!isFree) free(made);
+  if (!isFree) {
+    graph_drop(made->graph);
+    free(made);
+  }
   return runtime_error(isFree ? cudaSuccess : cudaErrorIllegalState);
 }
 
@@ -318,10 +353,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
   if (capture) error = capture_check_end(capture, stream, &goesOn);
   if (capture && !goesOn) tasks = capture_end(capture);
   (void)pthread_mutex_unlock(&captureLock);
-  if (error == cudaSuccess)
-    *graph = graph_make(tasks);
-  else
+  if (error == cudaSuccess) {
+    *graph = graph_hold(capture->graph);
+    graph_fill(*graph, tasks);
+  } else {
     tasks_free(tasks);
+  }
   runtime_capture_drop(capture);
   return runtime_error(error);
 }
@@ -334,6 +371,49 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureSta
   if (capture)
     *status = capture->isInvalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
   (void)pthread_mutex_unlock(&captureLock);
+  return cudaSuccess;
+}
+
+/* The rest of what it can say is left out. */
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
+                                     unsigned long long *id, cudaGraph_t *graph,
+                                     const cudaGraphNode_t **dependencies, const cudaGraphEdgeData **edges,
+                                     size_t *nDependencies) {
+  if (id || dependencies || edges || nDependencies) return runtime_error(cudaErrorNotSupported);
+  cudaError_t error = cudaStreamIsCapturing(stream, status);
+  (void)pthread_mutex_lock(&captureLock);
+  runtimeCapture_t *capture = capture_of(stream);
+  if (graph) *graph = capture ? capture->graph : NULL;
+  (void)pthread_mutex_unlock(&captureLock);
+  return error;
+}
+
+/* ---- user objects ---- */
+
+cudaError_t cudaUserObjectCreate(cudaUserObject_t *object, void *argument, cudaHostFn_t destroy,
+                                 unsigned int count, unsigned int flags) {
+  if (!object || !destroy || count == 0 || flags != cudaUserObjectNoDestructorSync)
+    return runtime_error(cudaErrorInvalidValue);
+  cudaUserObject_t made = runtime_allocate(sizeof(*made));
+  atomic_init(&made->refs, (int)count);
+  made->destroy = destroy;
+  made->argument = argument;
+  *object = made;
+  return cudaSuccess;
+}
+
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned int count) {
+  object_drop(object, count);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned int count,
+                                      unsigned int flags) {
+  if (!graph || !object || count == 0) return runtime_error(cudaErrorInvalidValue);
+  if (flags != cudaGraphUserObjectMove) atomic_fetch_add(&object->refs, (int)count);
+  graphObject_t *kept = runtime_allocate(sizeof(*kept));
+  *kept = (graphObject_t){.next = graph->objects, .object = object, .count = count};
+  graph->objects = kept;
   return cudaSuccess;
 }
 

@@ -402,3 +402,18 @@ cudaError_t cudaMemset(void *to, int value, size_t bytes) {
   set_bytes(to, (unsigned char)value, bytes);
   return cudaSuccess;
 }
+
+/* ---- what a pointer is ---- */
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *ptr) {
+  memoryEntry_t entry;
+  *attributes = (struct cudaPointerAttributes){.type = cudaMemoryTypeUnregistered, .device = -1};
+  if (!memory_find(ptr, &entry)) return cudaSuccess;
+  bool isHost = entry.range.kind == EMULATED_HOST;
+  attributes->type = isHost                                 ? cudaMemoryTypeHost
+                     : entry.range.kind == EMULATED_MANAGED ? cudaMemoryTypeManaged
+                                                            : cudaMemoryTypeDevice;
+  attributes->device = entry.range.device;
+  attributes->devicePointer = attributes->hostPointer = (void *)(uintptr_t)ptr;
+  return cudaSuccess;
+}

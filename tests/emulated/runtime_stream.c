@@ -14,6 +14,7 @@ struct CUstream_st {
   struct CUstream_st *previous, *next; /* of all */
   int refs;                            /* the handle's, the thread's, those of waits; under streams.lock */
   int device;
+  unsigned long long id;
   runtimeCaptured_t captured;
   pthread_mutex_t lock;
   pthread_cond_t hasWork, hasDone;
@@ -25,6 +26,7 @@ struct CUstream_st {
 static struct {
   pthread_mutex_t lock;
   struct CUstream_st *first;
+  unsigned long long nMade;
 } streams = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- tasks ---- */
@@ -186,6 +188,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned int flags) 
   (void)pthread_cond_init(&made->hasWork, NULL);
   (void)pthread_cond_init(&made->hasDone, NULL);
   (void)pthread_mutex_lock(&streams.lock);
+  made->id = ++streams.nMade;
   made->next = streams.first;
   if (made->next) made->next->previous = made;
   streams.first = made;
@@ -201,6 +204,11 @@ cudaError_t cudaStreamCreate(cudaStream_t *stream) {
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned int flags, int priority) {
   (void)priority;
   return cudaStreamCreateWithFlags(stream, flags);
+}
+
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long *id) {
+  *id = runtime_stream_is_null(stream) ? 0 : stream->id;
+  return cudaSuccess;
 }
 
 /* What is pending still runs; the thread then frees the stream. */
