@@ -270,10 +270,9 @@ cudaError_t cudaHostGetDevicePointer(void **devicePtr, void *ptr, unsigned int f
 /* ---- in a stream's order ---- */
 
 cudaError_t cudaMallocAsync(void **ptr, size_t bytes, cudaStream_t stream) {
-  int device = runtime_device();
   if (runtime_devices() == 0) return runtime_error(cudaErrorNoDevice);
   if (runtime_is_captured(stream)) return runtime_error(runtime_capture_refuse(stream)); /* not emulated */
-  return runtime_error(runtime_memory_make(EMULATED_POOL, device, bytes, ptr));
+  return runtime_error(runtime_memory_make(EMULATED_POOL, runtime_stream_device(stream), bytes, ptr));
 }
 
 static void memory_free_run(void *argument) {
