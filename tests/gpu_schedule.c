@@ -1,7 +1,8 @@
-/* ULTRAEP_P2P=schedule under a real NCCL: ranks are threads on one GPU, and call NCCL's functions as the
- * takeover would lead them: through p2p.h, with the loaded NCCL's as originals. Random uneven groups on one
- * and two streams, several communicators, split and grown ones, groups that hold collectives, too, graphs,
- * ends with and without abort. With NCCL_COMM_BLOCKING=0 the communicators are ready later. */
+/* ULTRAEP_P2P=schedule under a real NCCL: ranks are threads on the machine's GPUs in turn, and call NCCL's
+ * functions as the takeover would lead them: through p2p.h, with the loaded NCCL's as originals. Random
+ * uneven groups on one and two streams, several communicators, split and grown ones, groups that hold
+ * collectives, too, graphs, ends with and without abort. With NCCL_COMM_BLOCKING=0 the communicators are
+ * ready later. */
 #include "p2p.h"
 #include "planner_common.h"
 #include "schedule.h"
@@ -168,7 +169,9 @@ static void verify(rank_t *self) {
 /* ---- ranks ---- */
 
 static void rank_open(rank_t *self) {
-  CALL(self, cudaSetDevice(0));
+  int nDevices = 1;
+  CALL(self, cudaGetDeviceCount(&nDevices));
+  CALL(self, cudaSetDevice(self->rank % nDevices));
   for (int i = 0; i < 2; i++) CALL(self, cudaStreamCreateWithFlags(&self->streams[i], cudaStreamNonBlocking));
   self->host = malloc(ARENA);
   CHECK(self, self->host, "no memory");
