@@ -391,6 +391,37 @@ static void test_grow(void **state) {
   run(4, true, grow_work);
 }
 
+/* Calls from a thread on another device, which it stays on. */
+static void away_work(rank_t *self) {
+  void *twin = NULL;
+  int home = -1, away = -1, nDevices = 1;
+  CALL(self, cudaGetDeviceCount(&nDevices));
+  CALL(self, cudaGetDevice(&home));
+  CALL(self, cudaSetDevice((home + 1) % nDevices));
+  CALL(self, p2p_comm_split(self->comm, 0, self->rank, &twin, NULL));
+  ready(self, self->comm);
+  CHECK(self, schedule_is_scheduled(twin), "the twin is not scheduled: %s", ultraepGetLastError());
+  for (self->round = 10; self->round < 14; self->round++) {
+    fill(self);
+    meet();
+    exchange(self, self->round % 2 ? twin : self->comm, self->round > 11);
+    verify(self);
+    meet();
+  }
+  CALL(self, p2p_comm_destroy(twin));
+  CALL(self, cudaGetDevice(&away));
+  CHECK(self, away == (home + 1) % nDevices, "the current device is %d now", away);
+  CALL(self, cudaSetDevice(home));
+}
+
+static void test_away(void **state) {
+  int nDevices = 1;
+  (void)state;
+  GPU_OK(cudaGetDeviceCount(&nDevices));
+  if (nDevices < 2) skip();
+  run(4, true, away_work);
+}
+
 /* Groups that hold a collective of NCCL's, too, on the same communicator and stream. */
 static void mixed_work(rank_t *self) {
   float *sums = NULL, mine = (float)self->rank, sum = 0;
@@ -568,11 +599,11 @@ static bool nccl_find(void) {
 
 /* Optional arguments: rounds of random groups, and which tests. */
 int main(int argc, char **argv) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random), cmocka_unit_test(test_whole),
-                                     cmocka_unit_test(test_graph),  cmocka_unit_test(test_split),
-                                     cmocka_unit_test(test_grow),   cmocka_unit_test(test_mixed),
-                                     cmocka_unit_test(test_large),  cmocka_unit_test(test_early),
-                                     cmocka_unit_test(test_abort),  cmocka_unit_test(test_again)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_random), cmocka_unit_test(test_whole), cmocka_unit_test(test_graph),
+      cmocka_unit_test(test_split),  cmocka_unit_test(test_grow),  cmocka_unit_test(test_mixed),
+      cmocka_unit_test(test_large),  cmocka_unit_test(test_early), cmocka_unit_test(test_abort),
+      cmocka_unit_test(test_again),  cmocka_unit_test(test_away)};
   const char *blocking = getenv("NCCL_COMM_BLOCKING");
   setenv("ULTRAEP_P2P", "schedule", 0);
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
