@@ -3,8 +3,8 @@
  * uneven groups on one and two streams, several communicators, split and grown ones, groups that hold
  * collectives, too, graphs, ends with and without abort. With NCCL_COMM_BLOCKING=0 the communicators are
  * ready later. */
+#include "gpu_schedule_pairs.h"
 #include "p2p.h"
-#include "planner_common.h"
 #include "schedule.h"
 #include "ultraep.h"
 
@@ -23,7 +23,6 @@
 #include "gpu_common.h"
 
 #define MAX_RANKS 8
-#define ARENA ((size_t)24 << 20)
 #define TYPE_INT8 0
 
 typedef struct {
@@ -85,41 +84,7 @@ static void ready(rank_t *self, void *comm) {
   CHECK(self, state == 0, "the communicator's state is %d", state);
 }
 
-/* ---- what is exchanged: any rank can draw any pair's sizes ---- */
-
-typedef struct {
-  int n; /* transfers of the pair */
-  size_t bytes[3], from[3], to[3];
-} pair_t;
-
-/* Every rank draws alike; offsets are the pairs' own parts of the arenas. */
-static pair_t pair_draw(int nRanks, int round, int from, int to) {
-  planner_random_t random = {(uint64_t)(round * 97 + from * 11 + to * 3 + nRanks)};
-  size_t part = ARENA / (size_t)nRanks / 3;
-  pair_t pair = {.n = planner_random_below(&random, 4)};
-  if (from == to) pair.n = pair.n > 1;
-  for (int i = 0; i < pair.n; i++) {
-    size_t odd = planner_random_below(&random, 3) ? 0 : (size_t)planner_random_below(&random, 40);
-    switch (planner_random_below(&random, 4)) {
-    case 0:
-      pair.bytes[i] = (size_t)planner_random_below(&random, 3) * 7;
-      break;
-    case 1:
-      pair.bytes[i] = (size_t)planner_random_below(&random, 30000);
-      break;
-    default:
-      pair.bytes[i] = 16 * (size_t)planner_random_below(&random, (int)(part / 16) - 8);
-    }
-    pair.from[i] = ((size_t)to * 3 + (size_t)i) * part + odd;
-    pair.to[i] = ((size_t)from * 3 + (size_t)i) * part + (planner_random_below(&random, 4) ? odd : 0);
-  }
-  return pair;
-}
-
-static unsigned char value(int round, int from, size_t at) {
-  uint64_t x = (uint64_t)at * 0x9e3779b97f4a7c15u + (uint64_t)(round * 131 + from);
-  return (unsigned char)(x >> 29);
-}
+/* ---- exchanges ---- */
 
 static void fill(rank_t *self) {
   for (size_t i = 0; i < ARENA; i++) self->host[i] = value(self->round, self->rank, i);
@@ -391,6 +356,22 @@ static void test_grow(void **state) {
   run(4, true, grow_work);
 }
 
+/* Rank 1 waits for the others, who leave. */
+static void left_behind(rank_t *self, void *comm) {
+  int error = 0;
+  if (self->rank == 1) CALL(self, p2p_recv(self->recv, 1000, TYPE_INT8, 0, comm, self->streams[0]));
+  meet();
+  if (self->rank == 1) {
+    CHECK(self, stream_ends(self->streams[0], 20), "it still waits for a rank that has left");
+    CALL(self, p2p_comm_async_error(comm, &error));
+    CHECK(self, error != 0 && error != P2P_NCCL_IN_PROGRESS, "nothing is said of a rank that has left");
+    CALL(self, p2p_comm_abort(comm));
+  } else {
+    CALL(self, p2p_comm_destroy(comm));
+  }
+  meet();
+}
+
 /* Calls from a thread on another device, which it stays on. */
 static void away_work(rank_t *self) {
   void *twin = NULL;
@@ -408,7 +389,7 @@ static void away_work(rank_t *self) {
     verify(self);
     meet();
   }
-  CALL(self, p2p_comm_destroy(twin));
+  left_behind(self, twin);
   CALL(self, cudaGetDevice(&away));
   CHECK(self, away == (home + 1) % nDevices, "the current device is %d now", away);
   CALL(self, cudaSetDevice(home));
