@@ -1,5 +1,6 @@
 /* The NCCL backend: ranks are GPUs of one domain, windows are symmetric memory that kernels read and write.
  *
+ *   nccl_backend.c   the table of operations, each on the communicator's device
  *   nccl_symbols.c   NCCL's functions, found at run time
  *   nccl_call.c      those that wait for other ranks, bounded
  *   nccl_group.c     create, agree, status, abort, destroy
@@ -104,6 +105,12 @@ static inline ncclRank_t *nccl_rank(ultraepGroup_t group) {
   return group->impl;
 }
 
+extern const backend_t ncclBackend;
+
+/* Makes the device the thread's current one where it is not; leave, with what enter returned, undoes that. */
+int nccl_device_enter(int device);
+void nccl_device_leave(int entered);
+
 /* Records a CUDA or NCCL error. */
 ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what);
 ultraepResult_t nccl_nccl_error(const ncclRank_t *self, int result, const char *what);
@@ -150,6 +157,14 @@ ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, s
  * peer can reach it. All ranks have the region afterwards, or none. */
 ultraepResult_t nccl_region_open(ncclRank_t *self, void *ptr, size_t bytes, bool zero, ncclRegion_t *region);
 void nccl_region_close(ncclRank_t *self, ncclRegion_t *region, bool owned);
+
+/* These look at the host's memory alone. */
+ultraepResult_t nccl_group_check(ultraepGroup_t group, const char *phase);
+void nccl_group_status(ultraepGroup_t group, ultraepStatus_t *status);
+/* These, and those below, want the communicator's device to be current: nccl_backend.c sees to it. */
+ultraepResult_t nccl_group_counters(ultraepGroup_t group, ultraepCounters_t *counters);
+void nccl_group_abort(ultraepGroup_t group);
+void nccl_group_destroy(ultraepGroup_t group);
 
 ultraepResult_t nccl_mem_create(ultraepGroup_t group, int number, void *ptr, size_t bytes);
 ultraepResult_t nccl_mem_destroy(ultraepGroup_t group, int number);

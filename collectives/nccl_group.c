@@ -300,8 +300,6 @@ static ultraepResult_t group_look_at_comm(ncclComm_t comm, ncclRank_t *self) {
   return ultraepSuccess;
 }
 
-static const backend_t ncclBackend;
-
 /* This rank's part: whether it could make the group, before any peer is asked. */
 static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, const ultraepConfig_t *config) {
   ultraepGroup_t made;
@@ -395,7 +393,7 @@ free_self:
 
 /* ---- status, abort, destroy ---- */
 
-static ultraepResult_t group_check(ultraepGroup_t group, const char *phase) {
+ultraepResult_t nccl_group_check(ultraepGroup_t group, const char *phase) {
   (void)phase;
   const volatile kernelFailure_t *failure = nccl_rank(group)->failure;
   ultraepResult_t code = (ultraepResult_t)failure->code;
@@ -413,7 +411,7 @@ static ultraepResult_t group_check(ultraepGroup_t group, const char *phase) {
   return error_set(code, "%s: rank %d aborted or failed", what, failure->rank);
 }
 
-static void group_status(ultraepGroup_t group, ultraepStatus_t *status) {
+void nccl_group_status(ultraepGroup_t group, ultraepStatus_t *status) {
   const volatile kernelFailure_t *failure = nccl_rank(group)->failure;
   *status = (ultraepStatus_t){.code = (ultraepResult_t)failure->code, .missingRank = -1};
   if (status->code != ultraepSuccess) {
@@ -444,7 +442,7 @@ static void group_tell(const ncclRank_t *self, size_t offset, uint64_t word) {
 }
 
 /* Ends this rank's waits through mapped memory and the peers' through their windows. */
-static void group_abort(ultraepGroup_t group) {
+void nccl_group_abort(ultraepGroup_t group) {
   ncclRank_t *self = nccl_rank(group);
   *(volatile int32_t *)&self->failure->abort = 1;
   group_tell(self, self->failMarkOffset, (uint64_t)ultraepRemoteError << 32 | (uint32_t)(self->rank + 1));
@@ -472,7 +470,7 @@ static bool group_wait_gone(ncclRank_t *self) {
 
 /* Kernels of this rank end within the timeout; peers that wait for this rank afterwards learn that it has
  * left. */
-static void group_destroy(ultraepGroup_t group) {
+void nccl_group_destroy(ultraepGroup_t group) {
   ncclRank_t *self = nccl_rank(group);
   (void)nccl_work_wait(self);
   group_tell(self, ((size_t)KERNEL_FLAG_GONE * (size_t)self->nRanks + (size_t)self->rank) * sizeof(uint64_t),
@@ -486,7 +484,7 @@ static void group_destroy(ultraepGroup_t group) {
   group_release(self);
 }
 
-static ultraepResult_t group_counters(ultraepGroup_t group, ultraepCounters_t *counters) {
+ultraepResult_t nccl_group_counters(ultraepGroup_t group, ultraepCounters_t *counters) {
   kernelState_t state;
   ncclRank_t *self = nccl_rank(group);
   cudaError_t error = nccl_work_wait(self);
@@ -500,25 +498,3 @@ static ultraepResult_t group_counters(ultraepGroup_t group, ultraepCounters_t *c
                                   .gradBytes = (int64_t)state.gradBytes};
   return ultraepSuccess;
 }
-
-static const backend_t ncclBackend = {
-    .name = "nccl",
-    .check = group_check,
-    .status = group_status,
-    .counters = group_counters,
-    .abort = group_abort,
-    .destroy = group_destroy,
-    .memCreate = nccl_mem_create,
-    .memDestroy = nccl_mem_destroy,
-    .routeCreate = nccl_route_create,
-    .routeDestroy = nccl_route_destroy,
-    .routeUpdate = nccl_route_update,
-    .routeDispatch = nccl_route_dispatch,
-    .routePlan = nccl_route_plan,
-    .dispatch = nccl_dispatch,
-    .combine = nccl_combine,
-    .expertsRegister = nccl_experts_register,
-    .gateChanged = nccl_gate_changed,
-    .weightsSync = nccl_weights_sync,
-    .gradsReduce = nccl_grads_reduce,
-};

@@ -12,12 +12,20 @@ static uint64_t region_offset(const void *ptr) {
   return (uint64_t)(uintptr_t)ptr - base;
 }
 
+/* The caller's memory is this rank's part of a region, and peers reach the communicator's device. */
+static ultraepResult_t region_check_device(const ncclRank_t *self, const void *ptr) {
+  struct cudaPointerAttributes attributes = {.type = cudaMemoryTypeUnregistered};
+  if (cudaPointerGetAttributes(&attributes, ptr) != cudaSuccess) (void)cudaGetLastError();
+  if (attributes.type != cudaMemoryTypeDevice || attributes.device == self->device) return ultraepSuccess;
+  return error_set(ultraepInvalidUsage, "%p is memory of device %d, the communicator's is %d", ptr,
+                   attributes.device, self->device);
+}
+
 /* This rank's part, before any peer is asked: memory, tables. Leaves in *made what it has got. */
 static ultraepResult_t region_prepare(ncclRank_t *self, bool zero, ncclRegion_t *made) {
-  if (!made->base) {
-    ultraepResult_t result = self->peers->alloc(self, made->bytes, &made->base);
-    if (result != ultraepSuccess) return result;
-  }
+  ultraepResult_t result =
+      made->base ? region_check_device(self, made->base) : self->peers->alloc(self, made->bytes, &made->base);
+  if (result != ultraepSuccess) return result;
   made->peers = calloc((size_t)self->nRanks, sizeof(*made->peers));
   if (!made->peers) return error_set(ultraepSystemError, "no memory for a region");
   made->devicePeers = nccl_device_alloc(self, (size_t)self->nRanks * sizeof(char *), "a region's table");
@@ -40,7 +48,8 @@ static ultraepResult_t region_agree(ncclRank_t *self, ultraepResult_t own, uint6
   ultraepResult_t result = own == ultraepSuccess ? agreed : own;
   for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) {
     if (all[r].result != 0)
-      result = error_set(ultraepRemoteError, "memory: rank %d could not allocate", r);
+      result = error_set(ultraepRemoteError, "memory: rank %d has none for the region: %s", r,
+                         ultraepGetErrorString((ultraepResult_t)all[r].result));
     else if (all[r].bytes != bytes)
       result = error_set(ultraepInvalidUsage, "memory: rank %d asks for %llu bytes, rank %d for %llu", r,
                          (unsigned long long)all[r].bytes, self->rank, (unsigned long long)bytes);

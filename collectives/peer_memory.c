@@ -135,6 +135,14 @@ static void context_leave(int device) {
   (void)driver.DevicePrimaryCtxRelease(device);
 }
 
+bool peer_context_enter(int device) {
+  return driver_find() == ultraepSuccess && context_enter(device) == CUDA_SUCCESS;
+}
+
+void peer_context_leave(int device) {
+  context_leave(device);
+}
+
 static CUdeviceptr driver_pointer(const void *ptr) {
   return (CUdeviceptr)(uintptr_t)ptr;
 }
@@ -162,10 +170,11 @@ static CUresult memory_facts(CUdeviceptr ptr, memoryFacts_t *facts) {
   return driver.PointerGetAttributes(sizeof(wanted) / sizeof(wanted[0]), wanted, values, ptr);
 }
 
-/* A thread without a context borrows that of the memory's device. */
+/* The driver may know of no memory but that of the current context's device: then the memory's own is
+ * borrowed, as by a thread without one. */
 static CUresult memory_range(CUdeviceptr ptr, int device, CUdeviceptr *base, size_t *bytes) {
   CUresult status = driver.MemGetAddressRange(base, bytes, ptr);
-  if (status != CUDA_ERROR_INVALID_CONTEXT) return status;
+  if (status == CUDA_SUCCESS) return status;
   status = context_enter(device);
   if (status != CUDA_SUCCESS) return status;
   status = driver.MemGetAddressRange(base, bytes, ptr);

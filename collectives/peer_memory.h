@@ -73,4 +73,11 @@ bool peer_memory_is_mine(const peerMemoryName_t *name);
 ultraepResult_t peer_memory_alloc(int device, size_t bytes, void **ptr);
 void peer_memory_free(void *ptr);
 
+/* Makes the device's primary context current to the thread, over whatever was, which leave brings back: a
+ * context of another device or of the program's own, or none. cudaSetDevice could not: it makes a context,
+ * hundreds of megabytes of memory, on the device that it returns to. False: it did not, and nothing is to be
+ * left. */
+bool peer_context_enter(int device);
+void peer_context_leave(int device);
+
 #endif

@@ -36,6 +36,10 @@
  * backend enqueues on `stream` and returns; the host backend has done the work when the call returns, and
  * ignores `stream`. A group's calls on several streams must be put in order by the caller, with events.
  *
+ * Devices (NCCL backend): ultraepGroupCreate wants the communicator's device to be the calling thread's
+ * current one. All other calls may come from threads with any current device, and leave it as it was; a null
+ * stream is the default stream of the communicator's device.
+ *
  * CUDA graphs (NCCL backend): updates, dispatches, combines, syncs and reductions can be captured, and
  * replayed as often as wanted, with other routing in the same arrays, between other calls. Each replay counts
  * as those calls in the order of its stream, on every rank. What a replay meets is told by
@@ -270,11 +274,11 @@ ULTRAEP_API ultraepResult_t ultraepGroupDestroy(ultraepGroup_t group);
  * ultraepRemoteError, and the group works on. */
 ULTRAEP_API ultraepResult_t ultraepMemAlloc(ultraepGroup_t group, void **ptr, size_t bytes);
 /* Collective: registers the caller's memory, the same number of bytes on every rank. The caller keeps
- * ownership and must not free it before ultraepMemFree. Aligned to 16 bytes; on the NCCL backend, what works
- * with either way to the peers is memory from ncclMemAlloc, aligned to 4096, at the same offset of the
- * allocation on every rank. With ULTRAEP_PEERS_IPC cudaMalloc's memory will do too, and offsets and alignment
- * beyond 16 do not matter; it must lie in one allocation, and where the group is destroyed without
- * ultraepMemFree, cudaMalloc's must be kept until every rank has destroyed it. */
+ * ownership and must not free it before ultraepMemFree. Aligned to 16 bytes; on the NCCL backend memory
+ * of the communicator's device, and what works with either way to the peers is from ncclMemAlloc, aligned to
+ * 4096, at the same offset of the allocation on every rank. With ULTRAEP_PEERS_IPC cudaMalloc's memory will
+ * do too, and offsets and alignment beyond 16 do not matter; it must lie in one allocation, and where the
+ * group is destroyed without ultraepMemFree, cudaMalloc's must be kept until every rank has destroyed it. */
 ULTRAEP_API ultraepResult_t ultraepMemRegister(ultraepGroup_t group, void *ptr, size_t bytes);
 /* Collective: frees what ultraepMemAlloc gave, or ends a registration. ptr is the start of the region. Layers
  * whose weights lie in it are no longer registered. On a failed group ultraepGroupDestroy does it. */

@@ -269,16 +269,15 @@ typedef struct {
 /* On the communicator's device. */
 static ultraepResult_t comm_make_there(const commOpening_t *opening, scheduleComm_t **made) {
   const ncclSymbols_t *nccl;
-  int before = -1, device;
+  int device, entered;
   ultraepResult_t result = nccl_symbols_find(&nccl);
 
   if (result != ultraepSuccess) return result;
   if (nccl->CommCuDevice(opening->handle, &device) != 0)
     return error_set(ultraepInvalidUsage, "its device is not known");
-  (void)cudaGetDevice(&before);
-  (void)cudaSetDevice(device);
+  entered = nccl_device_enter(device);
   result = comm_make(opening->handle, opening->setup, made);
-  if (before >= 0) (void)cudaSetDevice(before);
+  nccl_device_leave(entered);
   return result;
 }
 
@@ -460,16 +459,15 @@ static int comm_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
 /* What is looked up and allocated meanwhile must not end a capture. */
 int schedule_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
   enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  int before = -1, result;
+  int entered, result;
 
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  (void)cudaGetDevice(&before);
-  if (before != comm->self->device) (void)cudaSetDevice(comm->self->device);
+  entered = nccl_device_enter(comm->self->device);
   pthread_mutex_lock(&comm->lock);
   result = comm_launch(comm, ops, n);
   if (result != P2P_NCCL_SUCCESS) atomic_store(&comm->broken, result);
   pthread_mutex_unlock(&comm->lock);
-  if (before >= 0 && before != comm->self->device) (void)cudaSetDevice(before);
+  nccl_device_leave(entered);
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
   return result;
 }
@@ -497,11 +495,10 @@ static bool comm_wait(scheduleComm_t *comm, int64_t ms) {
 
 void schedule_comm_ends(const void *handle, bool abort) {
   scheduleComm_t *comm = schedule_remove_comm(handle);
-  int before = -1;
+  int entered;
 
   if (!comm) return;
-  (void)cudaGetDevice(&before);
-  (void)cudaSetDevice(comm->self->device);
+  entered = nccl_device_enter(comm->self->device);
   if (abort) comm->failure->abort = 1;
   schedule_wait_unused(comm);
   if (comm_wait(comm, abort ? COMM_ABORT_WAIT_MS : -1)) {
@@ -514,5 +511,5 @@ void schedule_comm_ends(const void *handle, bool abort) {
     settings_warn("communicator %p, rank %d of %d: %llu scheduled groups were launched", handle,
                   comm->self->rank, comm->self->nRanks, (unsigned long long)comm->launched);
   comm_free(comm);
-  if (before >= 0) (void)cudaSetDevice(before);
+  nccl_device_leave(entered);
 }

@@ -33,6 +33,7 @@ static void test_begin(int nRanks, int nBlocks, uint64_t stageBytes, int nStages
   const char *flaw = p2p_world_make(&test.world, nRanks, nBlocks, stageBytes, nStages, eager, portable);
   if (flaw) fail_msg("%s", flaw);
   for (int r = 0; r < nRanks; r++) {
+    GPU_OK(p2p_use(r));
     GPU_OK(cudaMalloc((void **)&test.send[r], ARENA));
     GPU_OK(cudaMalloc((void **)&test.recv[r], ARENA));
   }
@@ -44,6 +45,7 @@ static void test_begin(int nRanks, int nBlocks, uint64_t stageBytes, int nStages
 
 static void test_end(void) {
   for (int r = 0; r < test.world.nRanks; r++) {
+    GPU_OK(p2p_use(r));
     GPU_OK(cudaFree(test.send[r]));
     GPU_OK(cudaFree(test.recv[r]));
   }
@@ -118,6 +120,7 @@ static void test_fill(planner_random_t *random) {
       uint64_t word = planner_random_next(random);
       memcpy(test.source + i, &word, 8);
     }
+    GPU_OK(p2p_use(r));
     GPU_OK(cudaMemcpy(test.send[r], test.source, ARENA, cudaMemcpyHostToDevice));
     GPU_OK(cudaMemset(test.recv[r], 0xa5, ARENA));
     for (int i = 0; i < test.n; i++) {
@@ -128,7 +131,7 @@ static void test_fill(planner_random_t *random) {
              t->sendBytes < t->recvBytes ? t->sendBytes : t->recvBytes);
     }
   }
-  GPU_OK(cudaDeviceSynchronize());
+  GPU_OK(p2p_synchronize(&test.world));
 }
 
 static void test_check(const char *what) {
@@ -136,6 +139,7 @@ static void test_check(const char *what) {
     const kernelP2pFailure_t *failure = test.world.ranks[r].failure;
     if (failure->code != 0)
       fail_msg("%s: rank %d failed: %d, peer %d", what, r, failure->code, failure->peer);
+    GPU_OK(p2p_use(r));
     GPU_OK(cudaMemcpy(test.actual, test.recv[r], ARENA, cudaMemcpyDeviceToHost));
     const unsigned char *expected = test.expected + (size_t)r * ARENA;
     if (memcmp(test.actual, expected, ARENA) == 0) continue;
@@ -209,6 +213,7 @@ static void test_graphs(void **state) {
   for (int r = 0; r < 4; r++) {
     p2pRank_t *rank = &test.world.ranks[r];
     cudaGraph_t graph;
+    GPU_OK(p2p_use(r));
     GPU_OK(cudaStreamBeginCapture(rank->stream, cudaStreamCaptureModeThreadLocal));
     for (int i = 0; i < 2; i++) GPU_OK((cudaError_t)kernelP2pLaunch(&rank->p2p, &rank->group, rank->stream));
     GPU_OK(cudaStreamEndCapture(rank->stream, &graph));
@@ -219,7 +224,10 @@ static void test_graphs(void **state) {
   for (int round = 0; round < 5; round++) {
     test_fill(&random);
     for (int i = 0; i < 40; i++)
-      for (int r = 0; r < 4; r++) GPU_OK(cudaGraphLaunch(graphs[r], test.world.ranks[r].stream));
+      for (int r = 0; r < 4; r++) {
+        GPU_OK(p2p_use(r));
+        GPU_OK(cudaGraphLaunch(graphs[r], test.world.ranks[r].stream));
+      }
     if (!p2p_wait(&test.world, 30)) test_stuck("graphs");
     test_check("graphs");
   }
@@ -278,6 +286,7 @@ static void check_missing(missing_t how, uint64_t bytes, bool isMapped) {
   if (how != MISSING_TIMEOUT) assert_false(p2p_wait(&test.world, 0.3));
   for (int r = 0; r < 2 && how == MISSING_ABORT; r++) test.world.ranks[r].failure->abort = 1;
   p2pRank_t *missing = &test.world.ranks[2];
+  GPU_OK(p2p_use(2));
   if (how == MISSING_GONE) GPU_OK((cudaError_t)kernelP2pLeave(&missing->p2p, missing->stream));
   if (!p2p_wait(&test.world, 10)) test_stuck("missing");
   for (int r = 0; r < 2; r++) {

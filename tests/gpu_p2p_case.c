@@ -12,8 +12,53 @@ double p2p_seconds(void) {
   return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static cudaError_t zeroed(void **made, size_t bytes) {
-  cudaError_t error = cudaMalloc(made, bytes);
+/* ---- devices ---- */
+
+static int nP2pDevices = 1; /* that ranks take in turn */
+
+/* One device's kernels may use all others' memory. */
+static cudaError_t device_open(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  for (int peer = 0; peer < nP2pDevices && error == cudaSuccess; peer++) {
+    if (peer == device) continue;
+    error = cudaDeviceEnablePeerAccess(peer, 0);
+    if (error != cudaErrorPeerAccessAlreadyEnabled) continue;
+    (void)cudaGetLastError();
+    error = cudaSuccess;
+  }
+  return error == cudaSuccess ? (cudaError_t)kernelP2pLoad() : error;
+}
+
+/* Where not all devices reach each other, it is one. */
+static cudaError_t devices_open(void) {
+  int can = 1, n = 1;
+  cudaError_t error = cudaGetDeviceCount(&n);
+  if (n > P2P_MAX_RANKS) n = P2P_MAX_RANKS;
+  for (int pair = 0; pair < n * n && error == cudaSuccess && can; pair++)
+    if (pair / n != pair % n) error = cudaDeviceCanAccessPeer(&can, pair / n, pair % n);
+  nP2pDevices = can ? n : 1;
+  for (int device = 0; device < nP2pDevices && error == cudaSuccess; device++) error = device_open(device);
+  return error;
+}
+
+cudaError_t p2p_use(int rank) {
+  return cudaSetDevice(rank % nP2pDevices);
+}
+
+cudaError_t p2p_synchronize(const p2pWorld_t *world) {
+  cudaError_t error = cudaSuccess;
+  for (int r = 0; r < world->nRanks && error == cudaSuccess; r++) {
+    error = p2p_use(r);
+    if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  }
+  return error;
+}
+
+/* ---- ranks ---- */
+
+static cudaError_t zeroed(int rank, void **made, size_t bytes) {
+  cudaError_t error = p2p_use(rank);
+  if (error == cudaSuccess) error = cudaMalloc(made, bytes);
   return error == cudaSuccess ? cudaMemset(*made, 0, bytes) : error;
 }
 
@@ -26,9 +71,10 @@ static cudaError_t pinned(void **made, size_t bytes) {
 static cudaError_t rank_make(p2pWorld_t *world, int rank) {
   p2pRank_t *made = &world->ranks[rank];
   size_t nMaps = (size_t)world->nRanks * KERNEL_P2P_SLOTS;
-  cudaError_t error = cudaStreamCreateWithFlags(&made->stream, cudaStreamNonBlocking);
+  cudaError_t error = p2p_use(rank);
+  if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&made->stream, cudaStreamNonBlocking);
   if (error == cudaSuccess)
-    error = zeroed((void **)&made->p2p.state, kernelP2pStateBytes(&made->p2p.geometry));
+    error = zeroed(rank, (void **)&made->p2p.state, kernelP2pStateBytes(&made->p2p.geometry));
   if (error == cudaSuccess) error = pinned((void **)&made->failure, sizeof(*made->failure));
   if (error == cudaSuccess) error = pinned((void **)&made->maps, nMaps * sizeof(*made->maps));
   if (error == cudaSuccess) error = pinned(&made->pinned, sizeof(made->lanes) + sizeof(made->ops));
@@ -51,14 +97,15 @@ const char *p2p_world_make(p2pWorld_t *world, int nRanks, int nBlocks, uint64_t 
   memset(world, 0, sizeof(*world));
   world->nRanks = nRanks;
   kernelP2pLayout(&geometry, &layout);
-  cudaError_t error = (cudaError_t)kernelP2pLoad();
+  cudaError_t error = devices_open();
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
   if (nBlocks > multiprocessors) nBlocks = multiprocessors;
-  for (int r = 0; r < nRanks && error == cudaSuccess; r++) error = zeroed(&world->windows[r], layout.bytes);
+  for (int r = 0; r < nRanks && error == cudaSuccess; r++)
+    error = zeroed(r, &world->windows[r], layout.bytes);
   for (int r = 0; r < nRanks && error == cudaSuccess; r++) {
     world->ranks[r].p2p = (kernelP2p_t){.geometry = geometry,
                                         .rank = r,
@@ -68,13 +115,14 @@ const char *p2p_world_make(p2pWorld_t *world, int nRanks, int nBlocks, uint64_t 
                                         .timeoutNs = 20000000000u};
     error = rank_make(world, r);
   }
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
+  if (error == cudaSuccess) error = p2p_synchronize(world);
   return error == cudaSuccess ? NULL : cudaGetErrorString(error);
 }
 
 void p2p_world_free(p2pWorld_t *world) {
   for (int r = 0; r < world->nRanks; r++) {
     p2pRank_t *rank = &world->ranks[r];
+    (void)p2p_use(r);
     (void)cudaFree(world->windows[r]);
     (void)cudaFree(rank->p2p.state);
     (void)cudaFree((void *)rank->p2p.windows);
@@ -125,7 +173,9 @@ cudaError_t p2p_launch(p2pWorld_t *world, unsigned ranks) {
   cudaError_t error = cudaSuccess;
   for (int r = 0; r < world->nRanks && error == cudaSuccess; r++) {
     p2pRank_t *rank = &world->ranks[r];
-    if (ranks >> r & 1) error = (cudaError_t)kernelP2pLaunch(&rank->p2p, &rank->group, rank->stream);
+    if (!(ranks >> r & 1)) continue;
+    error = p2p_use(r);
+    if (error == cudaSuccess) error = (cudaError_t)kernelP2pLaunch(&rank->p2p, &rank->group, rank->stream);
   }
   return error;
 }

@@ -1,4 +1,5 @@
-/* Ranks of the kernel of sends and receives on one device of one process: windows are plain device memory. */
+/* Ranks of the kernel of sends and receives in one process, on the machine's devices in turn: windows are
+ * plain device memory. */
 #ifndef ULTRAEP_TESTS_GPU_P2P_CASE_H_
 #define ULTRAEP_TESTS_GPU_P2P_CASE_H_
 
@@ -31,6 +32,11 @@ typedef struct {
 const char *p2p_world_make(p2pWorld_t *world, int nRanks, int nBlocks, uint64_t stageBytes, int nStages,
                            uint64_t eagerBytes, bool portable);
 void p2p_world_free(p2pWorld_t *world);
+/* Makes a rank's device the current one. Once a world was made, all devices' kernels may use cudaMalloc's
+ * memory of each. */
+cudaError_t p2p_use(int rank);
+/* Waits for all devices. */
+cudaError_t p2p_synchronize(const p2pWorld_t *world);
 
 /* One transfer of a group; those of a pair are in order. */
 typedef struct {
@@ -42,7 +48,7 @@ typedef struct {
 
 /* Makes every rank's group of the transfers (false: too many). */
 bool p2p_groups_make(p2pWorld_t *world, const p2pTransfer_t *transfers, int n);
-/* Launches the ranks' kernels: bit r of `ranks`. */
+/* Launches the ranks' kernels: bit r of `ranks`. The current device is any afterwards. */
 cudaError_t p2p_launch(p2pWorld_t *world, unsigned ranks);
 /* Waits until all streams are done, `seconds` at most; false if they are not. */
 bool p2p_wait(p2pWorld_t *world, double seconds);

@@ -26,6 +26,12 @@
 #define RANKS 4
 
 static bool hasNccl;
+/* Owners' memory is on device 0, and who maps it on the last one, which may be the same. */
+static int nDevices = 1;
+
+static int mapper_device(void) {
+  return nDevices - 1;
+}
 
 /* ---- another process: a child from before CUDA's start ---- */
 
@@ -48,7 +54,7 @@ static answer_t child_do(const order_t *order, int fd) {
   answer_t answer = {.found = -1};
   peerMapping_t mapping;
   unsigned char spot[SPOT];
-  ultraepResult_t result = peer_memory_map(&order->name, fd, 0, &mapping);
+  ultraepResult_t result = peer_memory_map(&order->name, fd, mapper_device(), &mapping);
   if (result == ultraepSuccess) {
     char *at = (char *)mapping.base + order->offset;
     cudaError_t error = cudaMemcpy(spot, at, SPOT, cudaMemcpyDeviceToHost);
@@ -81,7 +87,8 @@ static int child_run(void) {
     if (peer_socket_receive(&childSocket, &order, sizeof(order), &bytes, &fd, 60000) != ultraepSuccess)
       return 1;
     if (order.quits) return 0;
-    (void)cudaSetDevice(0);
+    (void)cudaGetDeviceCount(&nDevices);
+    (void)cudaSetDevice(mapper_device());
     answer_t answer = child_do(&order, fd);
     if (fd >= 0) (void)close(fd);
     if (peer_socket_send(&childSocket, &parentSocket.address, &answer, sizeof(answer), -1) != ultraepSuccess)
@@ -296,8 +303,8 @@ typedef struct {
 
 static void *mapper_thread(void *argument) {
   mapper_t *self = argument; /* a thread that has set no device */
-  self->result = self->kept ? peer_memory_map_kept(&self->name, -1, 0, &self->mapping)
-                            : peer_memory_map(&self->name, -1, 0, &self->mapping);
+  self->result = self->kept ? peer_memory_map_kept(&self->name, -1, mapper_device(), &self->mapping)
+                            : peer_memory_map(&self->name, -1, mapper_device(), &self->mapping);
   return NULL;
 }
 
@@ -313,7 +320,10 @@ static void check_thread(const memory_t *memory, bool kept) {
   assert_int_equal(pthread_join(thread, NULL), 0);
   assert_int_equal(mapper.result, ultraepSuccess);
   char *mapped = mapper.mapping.base;
+  GPU_OK(cudaSetDevice(mapper_device()));
   GPU_OK(cudaMemset(mapped + 100, 42, 1));
+  GPU_OK(cudaDeviceSynchronize());
+  GPU_OK(cudaSetDevice(0));
   GPU_OK(cudaMemcpy(&byte, ptr + 100, 1, cudaMemcpyDeviceToHost));
   assert_int_equal(byte, 42);
   if (kept && memory->isCumem && mapper.name.kind != PEER_MEMORY_IPC) {
@@ -330,7 +340,8 @@ static void check_thread(const memory_t *memory, bool kept) {
   }
   assert_int_equal(mapper.mapping.kind, PEER_MEMORY_NONE);
   peer_memory_unmap(&mapper.mapping);
-  assert_int_equal(peer_memory_map(&mapper.name, -1, 0, &mapper.mapping), ultraepInvalidUsage); /* freed */
+  assert_int_equal(peer_memory_map(&mapper.name, -1, mapper_device(), &mapper.mapping),
+                   ultraepInvalidUsage); /* freed */
 }
 
 static void test_threads(void **state) {
@@ -463,7 +474,7 @@ int main(void) {
   }
   childPid = fork();
   if (childPid == 0) _exit(child_run());
-  int nDevices = 0, failed = GPU_SKIP_CODE;
+  int failed = GPU_SKIP_CODE;
   if (childPid > 0 && cudaGetDeviceCount(&nDevices) == cudaSuccess && nDevices > 0) {
     hasNccl = gpu_world_usable(true);
     (void)cudaSetDevice(0);

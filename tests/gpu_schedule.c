@@ -1,9 +1,10 @@
-/* ULTRAEP_P2P=schedule under a real NCCL: ranks are threads on one GPU, and call NCCL's functions as the
- * takeover would lead them: through p2p.h, with the loaded NCCL's as originals. Random uneven groups on one
- * and two streams, several communicators, split and grown ones, groups that hold collectives, too, graphs,
- * ends with and without abort. With NCCL_COMM_BLOCKING=0 the communicators are ready later. */
+/* ULTRAEP_P2P=schedule under a real NCCL: ranks are threads on the machine's GPUs in turn, and call NCCL's
+ * functions as the takeover would lead them: through p2p.h, with the loaded NCCL's as originals. Random
+ * uneven groups on one and two streams, several communicators, split and grown ones, groups that hold
+ * collectives, too, graphs, ends with and without abort. With NCCL_COMM_BLOCKING=0 the communicators are
+ * ready later. */
+#include "gpu_schedule_pairs.h"
 #include "p2p.h"
-#include "planner_common.h"
 #include "schedule.h"
 #include "ultraep.h"
 
@@ -22,7 +23,6 @@
 #include "gpu_common.h"
 
 #define MAX_RANKS 8
-#define ARENA ((size_t)24 << 20)
 #define TYPE_INT8 0
 
 typedef struct {
@@ -84,41 +84,7 @@ static void ready(rank_t *self, void *comm) {
   CHECK(self, state == 0, "the communicator's state is %d", state);
 }
 
-/* ---- what is exchanged: any rank can draw any pair's sizes ---- */
-
-typedef struct {
-  int n; /* transfers of the pair */
-  size_t bytes[3], from[3], to[3];
-} pair_t;
-
-/* Every rank draws alike; offsets are the pairs' own parts of the arenas. */
-static pair_t pair_draw(int nRanks, int round, int from, int to) {
-  planner_random_t random = {(uint64_t)(round * 97 + from * 11 + to * 3 + nRanks)};
-  size_t part = ARENA / (size_t)nRanks / 3;
-  pair_t pair = {.n = planner_random_below(&random, 4)};
-  if (from == to) pair.n = pair.n > 1;
-  for (int i = 0; i < pair.n; i++) {
-    size_t odd = planner_random_below(&random, 3) ? 0 : (size_t)planner_random_below(&random, 40);
-    switch (planner_random_below(&random, 4)) {
-    case 0:
-      pair.bytes[i] = (size_t)planner_random_below(&random, 3) * 7;
-      break;
-    case 1:
-      pair.bytes[i] = (size_t)planner_random_below(&random, 30000);
-      break;
-    default:
-      pair.bytes[i] = 16 * (size_t)planner_random_below(&random, (int)(part / 16) - 8);
-    }
-    pair.from[i] = ((size_t)to * 3 + (size_t)i) * part + odd;
-    pair.to[i] = ((size_t)from * 3 + (size_t)i) * part + (planner_random_below(&random, 4) ? odd : 0);
-  }
-  return pair;
-}
-
-static unsigned char value(int round, int from, size_t at) {
-  uint64_t x = (uint64_t)at * 0x9e3779b97f4a7c15u + (uint64_t)(round * 131 + from);
-  return (unsigned char)(x >> 29);
-}
+/* ---- exchanges ---- */
 
 static void fill(rank_t *self) {
   for (size_t i = 0; i < ARENA; i++) self->host[i] = value(self->round, self->rank, i);
@@ -168,7 +134,9 @@ static void verify(rank_t *self) {
 /* ---- ranks ---- */
 
 static void rank_open(rank_t *self) {
-  CALL(self, cudaSetDevice(0));
+  int nDevices = 1;
+  CALL(self, cudaGetDeviceCount(&nDevices));
+  CALL(self, cudaSetDevice(self->rank % nDevices));
   for (int i = 0; i < 2; i++) CALL(self, cudaStreamCreateWithFlags(&self->streams[i], cudaStreamNonBlocking));
   self->host = malloc(ARENA);
   CHECK(self, self->host, "no memory");
@@ -388,6 +356,53 @@ static void test_grow(void **state) {
   run(4, true, grow_work);
 }
 
+/* Rank 1 waits for the others, who leave. */
+static void left_behind(rank_t *self, void *comm) {
+  int error = 0;
+  if (self->rank == 1) CALL(self, p2p_recv(self->recv, 1000, TYPE_INT8, 0, comm, self->streams[0]));
+  meet();
+  if (self->rank == 1) {
+    CHECK(self, stream_ends(self->streams[0], 20), "it still waits for a rank that has left");
+    CALL(self, p2p_comm_async_error(comm, &error));
+    CHECK(self, error != 0 && error != P2P_NCCL_IN_PROGRESS, "nothing is said of a rank that has left");
+    CALL(self, p2p_comm_abort(comm));
+  } else {
+    CALL(self, p2p_comm_destroy(comm));
+  }
+  meet();
+}
+
+/* Calls from a thread on another device, which it stays on. */
+static void away_work(rank_t *self) {
+  void *twin = NULL;
+  int home = -1, away = -1, nDevices = 1;
+  CALL(self, cudaGetDeviceCount(&nDevices));
+  CALL(self, cudaGetDevice(&home));
+  CALL(self, cudaSetDevice((home + 1) % nDevices));
+  CALL(self, p2p_comm_split(self->comm, 0, self->rank, &twin, NULL));
+  ready(self, self->comm);
+  CHECK(self, schedule_is_scheduled(twin), "the twin is not scheduled: %s", ultraepGetLastError());
+  for (self->round = 10; self->round < 14; self->round++) {
+    fill(self);
+    meet();
+    exchange(self, self->round % 2 ? twin : self->comm, self->round > 11);
+    verify(self);
+    meet();
+  }
+  left_behind(self, twin);
+  CALL(self, cudaGetDevice(&away));
+  CHECK(self, away == (home + 1) % nDevices, "the current device is %d now", away);
+  CALL(self, cudaSetDevice(home));
+}
+
+static void test_away(void **state) {
+  int nDevices = 1;
+  (void)state;
+  GPU_OK(cudaGetDeviceCount(&nDevices));
+  if (nDevices < 2) skip();
+  run(4, true, away_work);
+}
+
 /* Groups that hold a collective of NCCL's, too, on the same communicator and stream. */
 static void mixed_work(rank_t *self) {
   float *sums = NULL, mine = (float)self->rank, sum = 0;
@@ -565,11 +580,11 @@ static bool nccl_find(void) {
 
 /* Optional arguments: rounds of random groups, and which tests. */
 int main(int argc, char **argv) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random), cmocka_unit_test(test_whole),
-                                     cmocka_unit_test(test_graph),  cmocka_unit_test(test_split),
-                                     cmocka_unit_test(test_grow),   cmocka_unit_test(test_mixed),
-                                     cmocka_unit_test(test_large),  cmocka_unit_test(test_early),
-                                     cmocka_unit_test(test_abort),  cmocka_unit_test(test_again)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_random), cmocka_unit_test(test_whole), cmocka_unit_test(test_graph),
+      cmocka_unit_test(test_split),  cmocka_unit_test(test_grow),  cmocka_unit_test(test_mixed),
+      cmocka_unit_test(test_large),  cmocka_unit_test(test_early), cmocka_unit_test(test_abort),
+      cmocka_unit_test(test_again),  cmocka_unit_test(test_away)};
   const char *blocking = getenv("NCCL_COMM_BLOCKING");
   setenv("ULTRAEP_P2P", "schedule", 0);
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);

@@ -170,11 +170,15 @@ static const char *world_start(gpuWorld_t *world, worldId_t *id) {
   return gpu_world_run(world, world_init, id);
 }
 
-const char *gpu_world_make(gpuWorld_t *world, int nRanks) {
+const char *gpu_world_make_on(gpuWorld_t *world, int nRanks, int device) {
   worldId_t id;
-  *world = (gpuWorld_t){.nRanks = nRanks, .device = -1, .onlyRank = -1};
+  *world = (gpuWorld_t){.nRanks = nRanks, .device = device, .onlyRank = -1};
   if (worldNccl.getUniqueId(&id) != 0) return "ncclGetUniqueId failed";
   return world_start(world, &id);
+}
+
+const char *gpu_world_make(gpuWorld_t *world, int nRanks) {
+  return gpu_world_make_on(world, nRanks, -1);
 }
 
 /* The file appears whole: written beside its place, then renamed. */

@@ -34,6 +34,8 @@ typedef const char *(*gpuWorldRank_t)(gpuWorld_t *world, int rank, void *argumen
 bool gpu_world_usable(bool threads);
 /* Null on success, else what went wrong. */
 const char *gpu_world_make(gpuWorld_t *world, int nRanks);
+/* The same with all ranks on one device. */
+const char *gpu_world_make_on(gpuWorld_t *world, int nRanks, int device);
 /* One rank a process: rank 0 writes the communicator's id to the file, the others read it. All ranks of the
  * host world are threads of every process. */
 const char *gpu_world_make_process(gpuWorld_t *world, int nRanks, int rank, const char *idFile);

@@ -40,6 +40,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
       {CUDA_ERROR_NOT_FOUND, "named symbol not found"},
       {CUDA_ERROR_PEER_ACCESS_UNSUPPORTED, "peer access is not supported between these two devices"},
       {CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED, "peer access is already enabled"},
+      {CUDA_ERROR_PEER_ACCESS_NOT_ENABLED, "peer access has not been enabled"},
       {CUDA_ERROR_NOT_PERMITTED, "operation not permitted"},
       {CUDA_ERROR_NOT_SUPPORTED, "operation not supported"},
   };
@@ -77,8 +78,9 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 enum { CONTEXT_MAX_DEPTH = 16 };
 
 struct CUctx_st {
-  atomic_int refs;   /* by cuDevicePrimaryCtxRetain; the runtime's own use is not counted */
-  atomic_uint peers; /* bits: devices that this one may reach */
+  atomic_int refs;     /* by cuDevicePrimaryCtxRetain; the runtime's own use is not counted */
+  atomic_bool isInUse; /* by the runtime */
+  atomic_uint peers;   /* bits: devices that this one may reach */
 };
 
 static struct CUctx_st contexts[RUNTIME_MAX_DEVICES];
@@ -93,11 +95,24 @@ static int context_device(const struct CUctx_st *context) {
   return -1;
 }
 
+bool driver_pushed(int *device) {
+  if (contextThread.depth == 0) return false;
+  *device = context_device(contextThread.stack[contextThread.depth - 1]);
+  return true;
+}
+
+bool driver_replace_pushed(int device) {
+  if (contextThread.depth == 0) return false;
+  contextThread.stack[contextThread.depth - 1] = &contexts[device];
+  return true;
+}
+
+void driver_use_context(int device) {
+  atomic_store(&contexts[device].isInUse, true);
+}
+
 bool driver_context(int *device) {
-  if (contextThread.depth > 0) {
-    *device = context_device(contextThread.stack[contextThread.depth - 1]);
-    return true;
-  }
+  if (driver_pushed(device)) return true;
   *device = 0;
   return runtime_has_context() && cudaGetDevice(device) == cudaSuccess;
 }
@@ -114,6 +129,13 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   if (atomic_fetch_sub(&contexts[device].refs, 1) > 0) return CUDA_SUCCESS;
   atomic_fetch_add(&contexts[device].refs, 1);
   return CUDA_ERROR_INVALID_CONTEXT;
+}
+
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned int *flags, int *isActive) {
+  if (!driver_is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
+  *flags = 0;
+  *isActive = atomic_load(&contexts[device].isInUse) || atomic_load(&contexts[device].refs) > 0;
+  return CUDA_SUCCESS;
 }
 
 CUresult cuCtxPushCurrent(CUcontext context) {
@@ -142,6 +164,13 @@ CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned int flags) {
   if (other == device) return CUDA_ERROR_INVALID_DEVICE;
   unsigned bit = 1u << other, before = atomic_fetch_or(&contexts[device].peers, bit);
   return before & bit ? CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED : CUDA_SUCCESS;
+}
+
+CUresult cuCtxDisablePeerAccess(CUcontext peer) {
+  int device, other = context_device(peer);
+  if (!driver_context(&device) || other < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  unsigned bit = 1u << other, before = atomic_fetch_and(&contexts[device].peers, ~bit);
+  return before & bit ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_NOT_ENABLED;
 }
 
 /* ---- pointers ---- */
@@ -185,11 +214,13 @@ CUresult cuPointerGetAttributes(unsigned int n, CUpointer_attribute *attributes,
   return result;
 }
 
+/* Of memory of the current context's device only. */
 CUresult cuMemGetAddressRange(CUdeviceptr *base, size_t *bytes, CUdeviceptr ptr) {
   emulatedRange_t range;
   int device;
   if (!driver_context(&device)) return CUDA_ERROR_INVALID_CONTEXT;
-  if (!emulated_range_find(driver_address(ptr), &range)) return CUDA_ERROR_NOT_FOUND;
+  if (!emulated_range_find(driver_address(ptr), &range) || range.device != device)
+    return CUDA_ERROR_NOT_FOUND;
   if (base) *base = driver_pointer(range.base);
   if (bytes) *bytes = range.bytes;
   return CUDA_SUCCESS;
@@ -288,9 +319,11 @@ void *emulated_driver_find(const char *name) {
       FUNCTION(cuDeviceGetAttribute),
       FUNCTION(cuDevicePrimaryCtxRetain),
       FUNCTION(cuDevicePrimaryCtxRelease),
+      FUNCTION(cuDevicePrimaryCtxGetState),
       FUNCTION(cuCtxPushCurrent),
       FUNCTION(cuCtxPopCurrent),
       FUNCTION(cuCtxEnablePeerAccess),
+      FUNCTION(cuCtxDisablePeerAccess),
       FUNCTION(cuDeviceCanAccessPeer),
       FUNCTION(cuPointerGetAttributes),
       FUNCTION(cuMemGetAddressRange),

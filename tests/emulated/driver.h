@@ -1,4 +1,4 @@
-/* What the two parts of the emulated CUDA driver say to each other. */
+/* What the two parts of the emulated CUDA driver say to each other, and to the runtime. */
 #ifndef ULTRAEP_TESTS_EMULATED_DRIVER_H_
 #define ULTRAEP_TESTS_EMULATED_DRIVER_H_
 
@@ -8,6 +8,12 @@
 
 /* The device of the thread's current context; false: it has none. */
 bool driver_context(int *device);
+/* The same of one that cuCtxPushCurrent put over the runtime's. */
+bool driver_pushed(int *device);
+/* Puts the device's context in place of it; false: there is none. */
+bool driver_replace_pushed(int device);
+/* The runtime uses the device's context, which is there from now on. */
+void driver_use_context(int device);
 bool driver_is_device(int device);
 
 #pragma GCC visibility pop

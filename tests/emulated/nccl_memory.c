@@ -87,7 +87,7 @@ void nccl_window_free(ncclWindow_t window) {
   free(window);
 }
 
-static bool window_map(ncclWindow_t window, int peer, const ncclJob_t *job) {
+static bool window_map(ncclWindow_t window, int peer, const ncclJob_t *job, int device) {
   driver_t driver;
   emulatedRange_t range;
   CUmemGenericAllocationHandle handle;
@@ -95,7 +95,7 @@ static bool window_map(ncclWindow_t window, int peer, const ncclJob_t *job) {
   if (!driver_find(&driver) || !emulated_range_find(job->buffer, &range) ||
       driver.retain(&handle, range.base) != CUDA_SUCCESS)
     return false;
-  bool isMapped = memory_map(&driver, handle, range.bytes, range.device, &address);
+  bool isMapped = memory_map(&driver, handle, range.bytes, device, &address);
   (void)driver.release(handle);
   if (!isMapped) return false;
   window->peers[peer].mapped.base = (void *)(uintptr_t)address;
@@ -113,7 +113,8 @@ void nccl_windows_make(const ncclPlace_t *places, int n) {
     ncclWindow_t window = nccl_need(1, sizeof(*window) + (size_t)n * sizeof(window->peers[0]));
     bool isWhole = true;
     window->nRanks = n;
-    for (int peer = 0; peer < n && isWhole; peer++) isWhole = window_map(window, peer, places[peer].op->job);
+    for (int peer = 0; peer < n && isWhole; peer++)
+      isWhole = window_map(window, peer, places[peer].op->job, places[r].comm->device);
     if (isWhole)
       places[r].op->job->made = window;
     else

@@ -339,6 +339,18 @@ static int group_launched(ncclComm_t comm) {
   return isFirst && !comm->isBlocking ? NCCL_IN_PROGRESS : NCCL_SUCCESS;
 }
 
+/* On the communicator's device, whatever is the caller's. */
+static int group_enqueue(ncclComm_t comm, task_t *task, const cudaStream_t *streams) {
+  int before = 0;
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(comm->device) != cudaSuccess)
+    return NCCL_CUDA_ERROR;
+  int result = group_join(streams, task->nOps, true);
+  if (result == NCCL_SUCCESS) result = task_enqueue(comm, task, streams[0]);
+  if (result == NCCL_SUCCESS) result = group_join(streams, task->nOps, false);
+  (void)cudaSetDevice(before);
+  return result;
+}
+
 /* All operations on the communicator of the first one, which become one task. */
 static int group_launch(groupOp_t *ops, size_t n) {
   ncclComm_t comm = ops[0].comm;
@@ -351,9 +363,7 @@ static int group_launch(groupOp_t *ops, size_t n) {
     if (i > 0) nccl_comm_release(comm);
     ops[i].comm = NULL;
   }
-  int result = group_join(streams, task->nOps, true);
-  if (result == NCCL_SUCCESS) result = task_enqueue(comm, task, streams[0]);
-  if (result == NCCL_SUCCESS) result = group_join(streams, task->nOps, false);
+  int result = group_enqueue(comm, task, streams);
   if (result == NCCL_SUCCESS) result = group_launched(comm);
   nccl_comm_release(comm);
   free(streams);

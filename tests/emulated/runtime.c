@@ -1,5 +1,6 @@
 /* The emulated runtime: threads, devices, errors, and launches of kernels. */
 #include "runtime.h"
+#include "driver.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +17,7 @@ enum {
 /* ---- threads ---- */
 
 static _Thread_local struct {
-  int device;
+  int device; /* unless the driver's stack of contexts has another */
   bool hasContext;
   cudaError_t last;
 } thread;
@@ -27,8 +28,13 @@ cudaError_t runtime_error(cudaError_t error) {
 }
 
 int runtime_device(void) {
-  thread.hasContext = true;
-  return thread.device;
+  int device;
+  if (!driver_pushed(&device)) {
+    device = thread.device;
+    thread.hasContext = true;
+  }
+  driver_use_context(device);
+  return device;
 }
 
 bool runtime_has_context(void) {
@@ -59,6 +65,9 @@ static const struct {
     ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
     ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
     ERROR(cudaErrorNotReady, "device not ready"),
+    ERROR(cudaErrorPeerAccessUnsupported, "peer access is not supported between these two devices"),
+    ERROR(cudaErrorPeerAccessAlreadyEnabled, "peer access is already enabled"),
+    ERROR(cudaErrorPeerAccessNotEnabled, "peer access has not been enabled"),
     ERROR(cudaErrorNotSupported, "operation not supported"),
     ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
     ERROR(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
@@ -137,13 +146,16 @@ cudaError_t cudaGetDeviceCount(int *count) {
 
 cudaError_t cudaGetDevice(int *device) {
   if (runtime_devices() == 0) return runtime_error(cudaErrorNoDevice);
-  *device = thread.device;
+  if (!driver_pushed(device)) *device = thread.device;
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
   if (runtime_devices() == 0) return runtime_error(cudaErrorNoDevice);
   if (!device_is_there(device)) return runtime_error(cudaErrorInvalidDevice);
+  /* As from CUDA 12 on, the device's context is there from now on. */
+  driver_use_context(device);
+  if (driver_replace_pushed(device)) return cudaSuccess;
   thread.device = device;
   thread.hasContext = true;
   return cudaSuccess;
@@ -222,25 +234,58 @@ cudaError_t cudaDeviceGetPCIBusId(char *text, int bytes, int device) {
   return runtime_error(needed < bytes ? cudaSuccess : cudaErrorInvalidValue);
 }
 
+/* ---- peers; what kernels of one device may reach of another is not looked at ---- */
+
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+  return runtime_error((cudaError_t)cuDeviceCanAccessPeer(can, device, peer)); /* the numbers are the same */
+}
+
+/* Of the current device to the peer's memory. */
+static cudaError_t peer_change(int peer, bool isAllowed, unsigned flags) {
+  CUcontext context;
+  (void)runtime_device();
+  CUresult status = cuDevicePrimaryCtxRetain(&context, peer);
+  if (status != CUDA_SUCCESS) return runtime_error((cudaError_t)status);
+  status = isAllowed ? cuCtxEnablePeerAccess(context, flags) : cuCtxDisablePeerAccess(context);
+  (void)cuDevicePrimaryCtxRelease(peer);
+  return runtime_error((cudaError_t)status);
+}
+
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned int flags) {
+  return peer_change(peer, true, flags);
+}
+
+cudaError_t cudaDeviceDisablePeerAccess(int peer) {
+  return peer_change(peer, false, 0);
+}
+
 /* ---- kernels ---- */
 
-/* Shared memory that kernels have asked for, by their addresses. */
+/* Shared memory that kernels have asked for on a device, by their addresses. */
 typedef struct functionLimit {
   struct functionLimit *next;
   const void *function;
+  int device;
   size_t bytes;
 } functionLimit_t;
 
 static pthread_mutex_t functionLock = PTHREAD_MUTEX_INITIALIZER;
 static functionLimit_t *functionLimits;
 
-static void function_set_limit(const void *function, size_t bytes) {
-  (void)pthread_mutex_lock(&functionLock);
+/* Under the lock; null: it has asked for none. */
+static functionLimit_t *function_find_limit(const void *function, int device) {
   functionLimit_t *limit = functionLimits;
-  while (limit && limit->function != function) limit = limit->next;
+  while (limit && (limit->function != function || limit->device != device)) limit = limit->next;
+  return limit;
+}
+
+static void function_set_limit(const void *function, int device, size_t bytes) {
+  (void)pthread_mutex_lock(&functionLock);
+  functionLimit_t *limit = function_find_limit(function, device);
   if (!limit) {
     limit = runtime_allocate(sizeof(*limit));
     limit->function = function;
+    limit->device = device;
     limit->next = functionLimits;
     functionLimits = limit;
   }
@@ -248,10 +293,9 @@ static void function_set_limit(const void *function, size_t bytes) {
   (void)pthread_mutex_unlock(&functionLock);
 }
 
-static size_t function_limit(const void *function) {
+static size_t function_limit(const void *function, int device) {
   (void)pthread_mutex_lock(&functionLock);
-  const functionLimit_t *limit = functionLimits;
-  while (limit && limit->function != function) limit = limit->next;
+  const functionLimit_t *limit = function_find_limit(function, device);
   size_t bytes = limit && limit->bytes > SHARED_BYTES ? limit->bytes : SHARED_BYTES;
   (void)pthread_mutex_unlock(&functionLock);
   return bytes;
@@ -261,7 +305,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
   if (!emulated_kernel_find(function)) return runtime_error(cudaErrorInvalidDeviceFunction);
   *attributes = (struct cudaFuncAttributes){
       .maxThreadsPerBlock = MAX_THREADS,
-      .maxDynamicSharedSizeBytes = (int)function_limit(function),
+      .maxDynamicSharedSizeBytes = (int)function_limit(function, runtime_device()),
       .ptxVersion = 10 * devices.major + devices.minor,
       .binaryVersion = 10 * devices.major + devices.minor,
   };
@@ -274,7 +318,7 @@ cudaError_t cudaFuncSetAttribute(const void *function, enum cudaFuncAttribute at
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > devices.sharedBytes)
     return runtime_error(cudaErrorInvalidValue);
-  function_set_limit(function, (size_t)value);
+  function_set_limit(function, runtime_device(), (size_t)value);
   return cudaSuccess;
 }
 
@@ -326,10 +370,11 @@ static bool launch_fits(dim3 grid, dim3 block) {
 cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments,
                              size_t sharedBytes, cudaStream_t stream) {
   const emulatedKernel_t *kernel = emulated_kernel_find(function);
-  (void)runtime_device();
+  int device = runtime_device();
   if (!kernel) return runtime_error(cudaErrorInvalidDeviceFunction);
   if (!launch_fits(grid, block)) return runtime_error(cudaErrorInvalidConfiguration);
-  if (sharedBytes > function_limit(function)) return runtime_error(cudaErrorInvalidValue);
+  if (runtime_stream_device(stream) != device) return runtime_error(cudaErrorInvalidResourceHandle);
+  if (sharedBytes > function_limit(function, device)) return runtime_error(cudaErrorInvalidValue);
   for (int i = 0; i < kernel->nArguments; i++)
     if (kernel->alignment[i] > RUNTIME_ARGUMENT_ALIGNMENT) return runtime_error(cudaErrorInvalidValue);
   runtimeTask_t *task = launch_make(kernel, arguments);

@@ -74,6 +74,8 @@ void runtime_task_free(runtimeTask_t *task);
 cudaError_t runtime_enqueue(cudaStream_t stream, runtimeTask_t *task);
 /* The null stream, by any of its names: what is enqueued there runs at once, on the calling thread. */
 bool runtime_stream_is_null(cudaStream_t stream);
+/* Of the null stream: the current one. */
+int runtime_stream_device(cudaStream_t stream);
 
 /* A stream's part in a capture, guarded by runtime_graph.c's lock but for a look whether there is one. */
 typedef struct runtimeCapture runtimeCapture_t;

@@ -270,10 +270,9 @@ cudaError_t cudaHostGetDevicePointer(void **devicePtr, void *ptr, unsigned int f
 /* ---- in a stream's order ---- */
 
 cudaError_t cudaMallocAsync(void **ptr, size_t bytes, cudaStream_t stream) {
-  int device = runtime_device();
   if (runtime_devices() == 0) return runtime_error(cudaErrorNoDevice);
   if (runtime_is_captured(stream)) return runtime_error(runtime_capture_refuse(stream)); /* not emulated */
-  return runtime_error(runtime_memory_make(EMULATED_POOL, device, bytes, ptr));
+  return runtime_error(runtime_memory_make(EMULATED_POOL, runtime_stream_device(stream), bytes, ptr));
 }
 
 static void memory_free_run(void *argument) {
@@ -354,6 +353,14 @@ static bool memory_covers(const void *ptr, size_t bytes) {
   return memory_find(ptr, &entry) && memory_find((const char *)ptr + bytes - 1, &entry);
 }
 
+/* A device writes what it has got access to; of memory that is not cuMem's that is not looked at. */
+static bool memory_is_writable(const void *ptr, int device) {
+  CUmemLocation location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
+  unsigned long long flags;
+  return cuMemGetAccess(&flags, &location, (CUdeviceptr)(uintptr_t)ptr) != CUDA_SUCCESS ||
+         flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+}
+
 static bool copy_is_allowed(const void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
   bool isToDevice = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
   bool isFromDevice = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
@@ -386,19 +393,20 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
-  (void)runtime_device();
   if (bytes == 0) return cudaSuccess;
-  if (!memory_covers(to, bytes)) return runtime_error(cudaErrorInvalidValue);
+  if (!memory_covers(to, bytes) || !memory_is_writable(to, runtime_stream_device(stream)))
+    return runtime_error(cudaErrorInvalidValue);
   runtimeTask_t *task = runtime_task_make(set_run, NULL, sizeof(set_t));
   *(set_t *)(void *)task->argument = (set_t){to, bytes, (unsigned char)value};
   return runtime_error(runtime_enqueue(stream, task));
 }
 
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
-  (void)runtime_device();
+  int device = runtime_device();
   if (bytes == 0) return cudaSuccess;
   if (runtime_capture_forbids()) return runtime_error(cudaErrorStreamCaptureImplicit);
-  if (!memory_covers(to, bytes)) return runtime_error(cudaErrorInvalidValue);
+  if (!memory_covers(to, bytes) || !memory_is_writable(to, device))
+    return runtime_error(cudaErrorInvalidValue);
   set_bytes(to, (unsigned char)value, bytes);
   return cudaSuccess;
 }

@@ -77,6 +77,10 @@ bool runtime_stream_is_null(cudaStream_t stream) {
   return !stream || stream == cudaStreamLegacy || stream == cudaStreamPerThread;
 }
 
+int runtime_stream_device(cudaStream_t stream) {
+  return runtime_stream_is_null(stream) ? runtime_device() : stream->device;
+}
+
 runtimeCaptured_t *runtime_stream_captured(cudaStream_t stream) {
   return &stream->captured;
 }
@@ -343,6 +347,7 @@ static runtimeTask_t *mark_task(void (*run)(void *), runtimeMark_t *mark) {
 
 struct CUevent_st {
   atomic_int refs; /* the handle's, and of graphs' nodes */
+  int device;
   unsigned flags;
   pthread_mutex_t lock;
   runtimeRecord_t record; /* the last */
@@ -385,9 +390,9 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags) {
   if (runtime_devices() == 0) return runtime_error(cudaErrorNoDevice);
   if (flags & ~(unsigned)(cudaEventBlockingSync | cudaEventDisableTiming))
     return runtime_error(flags & cudaEventInterprocess ? cudaErrorNotSupported : cudaErrorInvalidValue);
-  (void)runtime_device();
   cudaEvent_t made = runtime_allocate(sizeof(*made));
   atomic_init(&made->refs, 1);
+  made->device = runtime_device();
   made->flags = flags;
   (void)pthread_mutex_init(&made->lock, NULL);
   *event = made;
@@ -415,7 +420,8 @@ static cudaError_t event_append(cudaStream_t stream, cudaEvent_t event, bool isR
 }
 
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned int flags) {
-  if (!event) return runtime_error(cudaErrorInvalidResourceHandle);
+  if (!event || event->device != runtime_stream_device(stream))
+    return runtime_error(cudaErrorInvalidResourceHandle);
   bool isCaptured = runtime_is_captured(stream);
   if (flags > cudaEventRecordExternal || (flags == cudaEventRecordExternal && !isCaptured))
     return runtime_error(cudaErrorInvalidValue);
@@ -494,6 +500,7 @@ static cudaError_t event_time(cudaEvent_t event, struct timespec *time) {
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
   struct timespec from = {0}, to = {0};
   cudaError_t error = event_time(start, &from);
+  if (error == cudaSuccess && end && end->device != start->device) error = cudaErrorInvalidResourceHandle;
   if (error == cudaSuccess) error = event_time(end, &to);
   if (error != cudaSuccess) return runtime_error(error);
   *ms = (float)((double)(to.tv_sec - from.tv_sec) * 1e3 + (double)(to.tv_nsec - from.tv_nsec) * 1e-6);
