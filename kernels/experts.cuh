@@ -98,8 +98,7 @@ template <Order kOrder>
 __device__ inline Chain followChain(const kernelGroup_t &g, const kernelRoute_t &route,
                                     const ChainKeys<kOrder> &keys, int expert, int slot) {
   using Keys = ChainKeys<kOrder>;
-  int nSlots = g.planner.nSlots, all = g.planner.nRanks * nSlots, lane = threadIdx.x % kWarp;
-  int n = 0, at = 0;
+  int nSlots = g.planner.nSlots, at = 0;
   uint32_t own = slot < 0 ? Keys::kMaster : keys.key(g.rank * nSlots + slot);
   // The nearest first: the two largest keys below this rank's, and the two smallest above it.
   uint32_t before[2] = {Keys::kBefore, Keys::kBefore}, after[2] = {Keys::kAfter, Keys::kAfter};
@@ -114,11 +113,10 @@ __device__ inline Chain followChain(const kernelGroup_t &g, const kernelRoute_t 
     }
   };
   look(Keys::kMaster);
-  for (int first = 0; first < all; first += kWarp) {
-    unsigned here = __ballot_sync(kFullWarp, first + lane < all && route.slotExpert[first + lane] == expert);
-    n += __popc(here);
+  auto visit = [&](int first, unsigned here, int) {
     for (; here; here &= here - 1) look(keys.key(first + __ffs(here) - 1));
-  }
+  };
+  int n = warpReplicas<1>(route.slotExpert, g.planner.nRanks * nSlots, expert, visit);
   Chain chain = {expert, int16_t(n), int16_t(at), int16_t(slot), {}, {}};
   for (int i = 0; i < 2; i++) {
     chain.before[i] = keys.place(expert, before[i]);

@@ -51,15 +51,8 @@ struct GradsContext {
 
 // Where the lanes' replicas are: lane i holds that of place `first` + i of the chain, none beyond the end.
 __device__ inline Place findPlaces(const GradsContext &c, int expert, int first) {
-  int nSlots = c.g.planner.nSlots, all = c.g.planner.nRanks * nSlots, lane = threadIdx.x % kWarp;
-  int found = 0, slot = -1;
-#pragma unroll 1
-  for (int from = 0; from < all; from += kWarp) {
-    unsigned here = __ballot_sync(kFullWarp, from + lane < all && c.route.slotExpert[from + lane] == expert);
-    int nth = first + lane - 1 - found, n = __popc(here);
-    if (nth >= 0 && nth < n) slot = from + int(__fns(here, 0, nth + 1));
-    found += n;
-  }
+  int nSlots = c.g.planner.nSlots, lane = threadIdx.x % kWarp, n;
+  int slot = warpReplica<1>(c.route.slotExpert, c.g.planner.nRanks * nSlots, expert, first + lane - 1, &n);
   return slot < 0 ? Place{-1, -1} : Place{int16_t(slot / nSlots), int16_t(slot % nSlots)};
 }
 
