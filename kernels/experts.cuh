@@ -1,8 +1,9 @@
 // What the kernels of weights and gradients share: the chains of replicas, experts cut into tiles, and the
 // flags of tiles.
 //
-// An expert and its n replicas, ascending by rank, are a chain: the master is its place 0, the replicas are
-// places 1..n. Weights go from place to place, gradients come straight to the master.
+// An expert and its n replicas are a chain: the master is its place 0, the replicas are places 1..n. Weights
+// go from place to place, in the order of ultraepPlanRelay. Gradients come straight to the master, where they
+// are added ascending by rank; so their chains have that order, too.
 #ifndef ULTRAEP_EXPERTS_CUH_
 #define ULTRAEP_EXPERTS_CUH_
 
@@ -40,72 +41,116 @@ __device__ inline bool planHasReplicas(const kernelGroup_t &g, const kernelRoute
   return __syncthreads_or(some);
 }
 
-// Looks along all slots for one expert's replicas. By a warp.
-__device__ inline Chain followChain(const kernelGroup_t &g, const kernelRoute_t &route, int expert,
-                                    int slot) {
-  int nSlots = g.planner.nSlots, all = g.planner.nRanks * nSlots, lane = threadIdx.x % kWarp;
-  int own = slot < 0 ? -1 : g.rank * nSlots + slot, n = 0, earlier = 0;
-  int before[2] = {-1, -1}, after[2] = {-1, -1};
-  for (int first = 0; first < all; first += kWarp) {
-    unsigned here = __ballot_sync(kFullWarp, first + lane < all && route.slotExpert[first + lane] == expert);
-    n += __popc(here);
-    for (; here; here &= here - 1) {
-      int at = first + __ffs(here) - 1;
-      if (at < own) {
-        earlier++;
-        before[1] = before[0];
-        before[0] = at;
-      } else if (at > own && after[0] < 0) {
-        after[0] = at;
-      } else if (at > own && after[1] < 0) {
-        after[1] = at;
-      }
+// ---- the order of a chain ----
+
+enum class Order { kRank, kRelay }; // ascending by rank; as ultraepPlanRelay has it
+
+// The experts that have replicas, a bit each.
+struct ReplicatedExperts {
+  uint32_t words[4096 / kWarp]; // ULTRAEP_MAX_EXPERTS
+
+  // How many of first..end-1 have replicas.
+  __device__ int count(int first, int end) const {
+    int n = 0;
+    for (int w = first / kWarp; w * kWarp < end; w++) {
+      uint32_t word = words[w];
+      if (w == first / kWarp) word &= ~0u << first % kWarp;
+      if (w == end / kWarp) word &= (1u << end % kWarp) - 1;
+      n += __popc(word);
     }
+    return n;
   }
-  auto place = [&](int at) {
-    return at < 0 ? Place{-1, -1} : Place{int16_t(at / nSlots), int16_t(at % nSlots)};
+  // The nth, from 0, of those from `first` on; there must be as many.
+  __device__ int find(int first, int nth) const {
+    int w = first / kWarp;
+    for (nth += count(w * kWarp, first); nth >= __popc(words[w]); w++) nth -= __popc(words[w]);
+    return w * kWarp + int(__fns(words[w], 0, nth + 1));
+  }
+};
+
+// Numbers that ascend along a chain. A replica's is made of what ultraepPlanRelay sorts by, how many experts
+// with replicas have their masters on its rank, and of its slot among those of all ranks, which ascends by
+// rank.
+template <Order kOrder> struct ChainKeys {
+  // Below and above all places, where a chain does not go.
+  static constexpr uint32_t kBefore = 0, kMaster = 1, kAfter = 0xffffffff;
+
+  const kernelPlanner_t &p;
+  const ReplicatedExperts &replicated;
+
+  __device__ uint32_t key(int slot) const {
+    int first = slot / p.nSlots * p.perRank;
+    uint32_t own = kOrder == Order::kRelay ? replicated.count(first, first + p.perRank) : 0;
+    return (own + 1) << 16 | uint32_t(slot);
+  }
+  __device__ Place place(int expert, uint32_t key) const {
+    int slot = int(key & 0xffff);
+    if (key == kBefore || key == kAfter) return {-1, -1};
+    if (key == kMaster) return {int16_t(expert / p.perRank), -1};
+    return {int16_t(slot / p.nSlots), int16_t(slot % p.nSlots)};
+  }
+};
+
+// ---- chains ----
+
+// Looks along all slots for one expert's replicas. By a warp.
+template <Order kOrder>
+__device__ inline Chain followChain(const kernelGroup_t &g, const kernelRoute_t &route,
+                                    const ChainKeys<kOrder> &keys, int expert, int slot) {
+  using Keys = ChainKeys<kOrder>;
+  int nSlots = g.planner.nSlots, at = 0;
+  uint32_t own = slot < 0 ? Keys::kMaster : keys.key(g.rank * nSlots + slot);
+  // The nearest first: the two largest keys below this rank's, and the two smallest above it.
+  uint32_t before[2] = {Keys::kBefore, Keys::kBefore}, after[2] = {Keys::kAfter, Keys::kAfter};
+  auto look = [&](uint32_t key) {
+    if (key < own) {
+      at++;
+      before[1] = max(before[1], min(before[0], key));
+      before[0] = max(before[0], key);
+    } else if (key > own) {
+      after[1] = min(after[1], max(after[0], key));
+      after[0] = min(after[0], key);
+    }
   };
-  Place master = {int16_t(expert / g.planner.perRank), -1};
-  Chain chain = {expert, int16_t(n), int16_t(own < 0 ? 0 : earlier + 1), int16_t(slot), {}, {}};
+  look(Keys::kMaster);
+  auto visit = [&](int first, unsigned here, int) {
+    for (; here; here &= here - 1) look(keys.key(first + __ffs(here) - 1));
+  };
+  int n = warpReplicas<1>(route.slotExpert, g.planner.nRanks * nSlots, expert, visit);
+  Chain chain = {expert, int16_t(n), int16_t(at), int16_t(slot), {}, {}};
   for (int i = 0; i < 2; i++) {
-    chain.before[i] = own >= 0 && earlier == i ? master : place(before[i]);
-    chain.after[i] = place(after[i]);
+    chain.before[i] = keys.place(expert, before[i]);
+    chain.after[i] = keys.place(expert, after[i]);
   }
   return chain;
 }
 
 // Fills the table of this rank's chains, ascending by expert: the order of work that all ranks share. Returns
 // their number. By all threads of a block.
+template <Order kOrder>
 __device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &route, Chain *chains) {
-  constexpr int kWords = 4096 / kWarp;    // ULTRAEP_MAX_EXPERTS
-  __shared__ uint32_t replicated[kWords]; // this rank's masters, a bit each
+  __shared__ ReplicatedExperts replicated;
   const kernelPlanner_t &p = g.planner;
-  int firstExpert = g.rank * p.perRank, nWords = (p.perRank + kWarp - 1) / kWarp;
-  for (int w = threadIdx.x; w < nWords; w += blockDim.x) replicated[w] = 0;
+  int firstExpert = g.rank * p.perRank, nWords = (p.nExperts + kWarp - 1) / kWarp;
+  for (int w = threadIdx.x; w < nWords; w += blockDim.x) replicated.words[w] = 0;
   __syncthreads();
   for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
-    int local = route.slotExpert[i] - firstExpert;
-    if (local >= 0 && local < p.perRank) atomicOr(&replicated[local / kWarp], 1u << local % kWarp);
+    int expert = route.slotExpert[i];
+    if (expert >= 0) atomicOr(&replicated.words[expert / kWarp], 1u << expert % kWarp);
   }
   __syncthreads();
   const int32_t *mine = route.slotExpert + g.rank * p.nSlots; // ascending, other ranks' experts
-  int nLow = 0, nOwn = 0, nMasters = 0;
+  int nLow = 0, nOwn = 0, nMasters = replicated.count(firstExpert, firstExpert + p.perRank);
   for (int s = 0; s < p.nSlots; s++) {
     nOwn += mine[s] >= 0;
     nLow += mine[s] >= 0 && mine[s] < firstExpert;
   }
-  for (int w = 0; w < nWords; w++) nMasters += __popc(replicated[w]);
+  ChainKeys<kOrder> keys = {p, replicated};
   for (int i = threadIdx.x / kWarp; i < nOwn + nMasters; i += blockDim.x / kWarp) {
-    int expert, slot = i < nLow ? i : i - nMasters;
-    if (i >= nLow && i < nLow + nMasters) {
-      int nth = i - nLow, w = 0;
-      for (; nth >= __popc(replicated[w]); w++) nth -= __popc(replicated[w]);
-      slot = -1;
-      expert = firstExpert + w * kWarp + int(__fns(replicated[w], 0, nth + 1));
-    } else {
-      expert = mine[slot];
-    }
-    Chain chain = followChain(g, route, expert, slot);
+    bool isMaster = i >= nLow && i < nLow + nMasters;
+    int slot = isMaster ? -1 : i < nLow ? i : i - nMasters;
+    int expert = isMaster ? replicated.find(firstExpert, i - nLow) : mine[slot];
+    Chain chain = followChain(g, route, keys, expert, slot);
     if (threadIdx.x % kWarp == 0) chains[i] = chain;
   }
   __syncthreads();
@@ -114,10 +159,11 @@ __device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &ro
 
 // Opens a call: this rank is here, and so is every other. True when tiles may move; *other as in
 // openExchange.
+template <Order kOrder>
 __device__ inline bool openChains(const kernelGroup_t &g, const kernelRoute_t &route, uint32_t check,
                                   uint32_t call, int32_t phase, Chain *chains, int *nChains, int *other) {
   raiseOpen(g, check, call);
-  *nChains = findChains(g, route, chains); // while the others come
+  *nChains = findChains<kOrder>(g, route, chains); // while the others come
   return waitOpen(g, check, call, phase, other);
 }
 

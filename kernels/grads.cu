@@ -3,9 +3,9 @@
 //
 // Where all ranks see the masters, the ranks of an expert's chain take its tiles in turn: each reads a tile's
 // rows where they are, adds, and stores the sum in the master. Where they do not, the master's rank takes
-// all. A warp takes a tile of (expert, tensor); it tells the slots' ranks which tiles have been read, and
-// those clear them meanwhile. No order of addition depends on who takes a tile, or when, so the sums are the
-// same bits every time.
+// all. (A place of a chain is the same here as in the order of addition.) A warp takes a tile of (expert,
+// tensor); it tells the slots' ranks which tiles have been read, and those clear them meanwhile. No order of
+// addition depends on who takes a tile, or when, so the sums are the same bits every time.
 //
 // Where any order will do, every rank adds its slots to the masters by itself, and clears what it has read at
 // once: nobody reads another rank's memory or waits for it.
@@ -51,15 +51,8 @@ struct GradsContext {
 
 // Where the lanes' replicas are: lane i holds that of place `first` + i of the chain, none beyond the end.
 __device__ inline Place findPlaces(const GradsContext &c, int expert, int first) {
-  int nSlots = c.g.planner.nSlots, all = c.g.planner.nRanks * nSlots, lane = threadIdx.x % kWarp;
-  int found = 0, slot = -1;
-#pragma unroll 1
-  for (int from = 0; from < all; from += kWarp) {
-    unsigned here = __ballot_sync(kFullWarp, from + lane < all && c.route.slotExpert[from + lane] == expert);
-    int nth = first + lane - 1 - found, n = __popc(here);
-    if (nth >= 0 && nth < n) slot = from + int(__fns(here, 0, nth + 1));
-    found += n;
-  }
+  int nSlots = c.g.planner.nSlots, lane = threadIdx.x % kWarp, n;
+  int slot = warpReplica<1>(c.route.slotExpert, c.g.planner.nRanks * nSlots, expert, first + lane - 1, &n);
   return slot < 0 ? Place{-1, -1} : Place{int16_t(slot / nSlots), int16_t(slot % nSlots)};
 }
 
@@ -279,7 +272,8 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
   uint32_t call = g.state->calls + 1;
   auto *chains = reinterpret_cast<Chain *>(gradsMemory);
   int nChains, other;
-  bool alive = openChains(g, route, x.check, call, KERNEL_PHASE_GRADS, chains, &nChains, &other);
+  bool alive =
+      openChains<Order::kRank>(g, route, x.check, call, KERNEL_PHASE_GRADS, chains, &nChains, &other);
   if (alive) {
     GradsContext c(g, route, x, chains, nChains, call);
     int warps = blockDim.x / kWarp, worker = int(blockIdx.x) + int(threadIdx.x / kWarp) * int(gridDim.x);

@@ -218,16 +218,10 @@ struct RouteExpert {
   __device__ int64_t load(int src) const { return loads[int64_t(src) * g.planner.nExperts + e]; }
 
   // Instance 0 is the master, then the replicas ascending by rank; this lane's of the 32 from `from` on.
-  // Slots are looked at 32 at a time, and their finds are numbered in order.
   __device__ Instance instance(int from, int *n) const {
-    int found = 1, slot = -1, wanted = from + lane, nSlots = g.planner.nRanks * g.planner.nSlots;
-    for (int first = 0; first < nSlots; first += kWarp) {
-      unsigned here = __ballot_sync(kFullWarp, first + lane < nSlots && s.plan.slotExpert[first + lane] == e);
-      int count = __popc(here), nth = wanted - found;
-      if (nth >= 0 && nth < count) slot = first + __fns(here, 0, nth + 1);
-      found += count;
-    }
-    *n = found;
+    int wanted = from + lane, nSlots = g.planner.nRanks * g.planner.nSlots;
+    int slot = warpReplica<4>(s.plan.slotExpert, nSlots, e, wanted - 1, n);
+    ++*n; // the master
     Instance x = {-1, 0, 0, 0};
     if (wanted == 0)
       x = {e / (g.planner.perRank), s.plan.rem[e], 0, s.masterRow[e]};

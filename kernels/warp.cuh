@@ -44,6 +44,34 @@ __device__ __forceinline__ int warpFirst(bool condition) {
   return __ffs(__ballot_sync(kFullWarp, condition)) - 1;
 }
 
+// Looks along the slots of all ranks for one expert's replicas: calls visit(first, here, before) for 32 slots
+// at a time, a bit in `here` for each that has the expert, `before` of which came earlier. Returns how many
+// there are. By a whole warp. kUnroll: as of the loop; 1 where code that is seldom run, or often inlined,
+// should be small.
+template <int kUnroll, typename Visit>
+__device__ __forceinline__ int warpReplicas(const int32_t *slotExpert, int nSlots, int expert, Visit visit) {
+  int lane = threadIdx.x % kWarp, found = 0;
+#pragma unroll kUnroll
+  for (int first = 0; first < nSlots; first += kWarp) {
+    unsigned here = __ballot_sync(kFullWarp, first + lane < nSlots && slotExpert[first + lane] == expert);
+    visit(first, here, found);
+    found += __popc(here);
+  }
+  return found;
+}
+
+// The slot of the expert's nth replica, from 0, ascending by rank; each lane asks for its own, and gets -1 if
+// there is none. *n: how many there are.
+template <int kUnroll>
+__device__ __forceinline__ int warpReplica(const int32_t *slotExpert, int nSlots, int expert, int nth,
+                                           int *n) {
+  int slot = -1;
+  *n = warpReplicas<kUnroll>(slotExpert, nSlots, expert, [&](int first, unsigned here, int before) {
+    if (nth >= before && nth < before + __popc(here)) slot = first + int(__fns(here, 0, nth - before + 1));
+  });
+  return slot;
+}
+
 } // namespace ultraep
 
 #endif

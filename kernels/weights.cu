@@ -264,7 +264,8 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
   uint32_t call = g.state->calls + 1;
   auto *chains = reinterpret_cast<Chain *>(weightsMemory + nStages * KERNEL_TILE_BYTES);
   int nChains, other;
-  bool alive = openChains(g, route, x.check, call, KERNEL_PHASE_WEIGHTS, chains, &nChains, &other);
+  bool alive =
+      openChains<Order::kRelay>(g, route, x.check, call, KERNEL_PHASE_WEIGHTS, chains, &nChains, &other);
   if (alive) {
     if (blockIdx.x == 0) fillPointers(g, route, x);
     WeightsContext c{g, x, chains, nChains, call};

@@ -80,7 +80,7 @@ typedef struct {
   /* on GPUs */
   int64_t dispatchMoved, combineMoved; /* bytes read and written by all ranks at least */
   int64_t gpuBytes; /* memory in use for the line: communicators, groups, buffers, all ranks */
-  int64_t windowBytes, privateBytes; /* of a group, the rank with the most */
+  int64_t windowBytes, privateBytes, slotBytes; /* of a group, the rank with the most */
 } benchResult_t;
 
 /* Reads the options or exits with PERF_EXIT_USAGE. */

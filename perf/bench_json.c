@@ -73,12 +73,13 @@ static json_t *json_operation_make(double us, double bytes, int32_t nRanks) {
 }
 
 static json_t *json_gpu_make(const benchResult_t *result) {
-  return json_pack("{s:f,s:f,s:f,s:I,s:I,s:I,s:I,s:I}", "route_dispatch_us", result->us[BENCH_STEP],
+  return json_pack("{s:f,s:f,s:f,s:I,s:I,s:I,s:I,s:I,s:I}", "route_dispatch_us", result->us[BENCH_STEP],
                    "base_dispatch_us", result->us[BENCH_BASE_DISPATCH], "base_combine_us",
                    result->us[BENCH_BASE_COMBINE], "dispatch_moved_bytes", (json_int_t)result->dispatchMoved,
                    "combine_moved_bytes", (json_int_t)result->combineMoved, "memory_bytes",
                    (json_int_t)result->gpuBytes, "window_bytes", (json_int_t)result->windowBytes,
-                   "private_bytes", (json_int_t)result->privateBytes);
+                   "private_bytes", (json_int_t)result->privateBytes, "slot_bytes",
+                   (json_int_t)result->slotBytes);
 }
 
 /* Null where it is not known. */

@@ -26,8 +26,8 @@ struct benchReport {
   double started;
   int64_t wrong;
   perfError_t fault;
-  benchSums_t sums[2];               /* balance 0 and 1 */
-  int64_t windowBytes, privateBytes; /* the most of any line */
+  benchSums_t sums[2];                          /* balance 0 and 1 */
+  int64_t windowBytes, privateBytes, slotBytes; /* the most of any line */
   benchJson_t *json;
 };
 
@@ -223,6 +223,7 @@ int benchReportLine(benchReport_t *report, const workload_t *workload, bool bala
   fflush(stdout);
   bench_sums_add(&report->sums[balance], report->machine, result, bus);
   if (result->windowBytes > report->windowBytes) report->windowBytes = result->windowBytes;
+  if (result->slotBytes > report->slotBytes) report->slotBytes = result->slotBytes;
   if (result->privateBytes > report->privateBytes) report->privateBytes = result->privateBytes;
   report->wrong += result->wrong;
   if (report->fault.text[0] == '\0') report->fault = result->fault;
@@ -304,8 +305,9 @@ int benchReportFinish(benchReport_t *report, perfError_t *error) {
   for (int balance = 0; balance < 2; balance++) bench_sums_print(report, balance);
   bench_gain_print(report);
   if (report->machine->nDevices > 0) {
-    printf("# memory of a group on one rank, at most: window %.1f MB, private %.1f MB\n",
-           (double)report->windowBytes / 1e6, (double)report->privateBytes / 1e6);
+    printf("# memory of a group on one rank, at most: window %.1f MB, private %.1f MB, slots %.1f MB\n",
+           (double)report->windowBytes / 1e6, (double)report->privateBytes / 1e6,
+           (double)report->slotBytes / 1e6);
   }
   if (report->fault.text[0] != '\0') printf("# first fault: %s\n", report->fault.text);
   printf("# %-20s : %lld %s\n", "Out of bounds values", (long long)report->wrong,

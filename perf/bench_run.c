@@ -143,6 +143,7 @@ static void bench_result_set(benchRun_t *run, const int64_t *received, benchResu
   for (int32_t i = 0; i < run->nLocal; i++) {
     const ultraepGroupProperties_t *properties = &run->ranks[i].properties;
     if (properties->windowBytes > result->windowBytes) result->windowBytes = properties->windowBytes;
+    if (properties->slotBytes > result->slotBytes) result->slotBytes = properties->slotBytes;
     if (properties->privateBytes > result->privateBytes) result->privateBytes = properties->privateBytes;
   }
   bench_link_bytes_set(run, &sums, result);

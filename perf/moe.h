@@ -71,8 +71,9 @@ typedef struct {
   double seconds[MOE_PHASES]; /* medians of the iterations */
   double before, after;       /* imbalance */
   int32_t replicas;
-  int64_t memoryBytes; /* all ranks together */
-  double millijoules;  /* of the GPUs, one iteration; below 0: not known */
+  int64_t memoryBytes;  /* all ranks together */
+  int64_t replicaBytes; /* of it, what registering experts took */
+  double millijoules;   /* of the GPUs, one iteration; below 0: not known */
   moeCheck_t check;
   gateFigures_t gate; /* planner.copyPs 0: there was none */
 } moeResult_t;
@@ -168,7 +169,7 @@ struct moeRank {
   double seconds[MOE_PHASES];
   bool stopped; /* another rank has failed, which all have been told */
   /* results */
-  int64_t energy, memoryBytes;
+  int64_t energy, memoryBytes, replicaBytes;
   moeCheck_t check;
   double sums[MOE_SUMS];
 };

@@ -11,6 +11,7 @@ struct moeReport {
   const moeOptions_t *options;
   const benchMachine_t *machine;
   int64_t records, bad;
+  int64_t replicaBytes;                                 /* of all ranks, the most of any record */
   double ofIdeal, worstOfIdeal, speedUp, before, after; /* sums, and the least, over the records */
   benchJson_t *json;
 };
@@ -163,7 +164,7 @@ static json_t *report_line_make(const moeReport_t *report, const workload_t *wor
   const moeResult_t *result = &results[kind];
   double total = result->seconds[MOE_TOTAL];
   int64_t tokens = report_tokens(workload);
-  return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:f,s:f,s:i,s:o,s:f,s:f,s:f,s:I,s:o,s:o,s:o}", "record",
+  return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:f,s:f,s:i,s:o,s:f,s:f,s:f,s:I,s:I,s:o,s:o,s:o}", "record",
                    workload->label, "run", moeKindNames[kind], "tokens", (json_int_t)tokens, "rows",
                    (json_int_t)workload->assignments, "experts", (int)workload->nExperts, "topk",
                    (int)workload->topK, "before", result->before, "after", result->after, "replicas",
@@ -171,7 +172,8 @@ static json_t *report_line_make(const moeReport_t *report, const workload_t *wor
                    report_ratio((double)tokens, total), "of_ideal",
                    report_ratio(results[MOE_IDEAL].seconds[MOE_TOTAL], total), "speed_up",
                    report_ratio(results[MOE_UNBALANCED].seconds[MOE_TOTAL], total), "memory_bytes",
-                   (json_int_t)result->memoryBytes, "joules_per_1000_tokens",
+                   (json_int_t)result->memoryBytes, "replica_bytes", (json_int_t)result->replicaBytes,
+                   "joules_per_1000_tokens",
                    result->millijoules < 0 ? json_null() : json_real(report_joules(result, tokens)), "check",
                    report_check_make(report->options, &result->check), "gate", gateJson(&result->gate));
 }
@@ -198,6 +200,7 @@ int moeReportLines(moeReport_t *report, const workload_t *workload, const moeRes
   report->speedUp += report_ratio(results[MOE_UNBALANCED].seconds[MOE_TOTAL], total);
   report->before += balanced->before;
   report->after += balanced->after;
+  if (balanced->replicaBytes > report->replicaBytes) report->replicaBytes = balanced->replicaBytes;
   report->records++;
   return 0;
 }
@@ -211,6 +214,15 @@ static json_t *report_tail_make(const moeReport_t *report, double records) {
                    report->after / records);
 }
 
+/* What slots take beyond the weights and gradients that they have room for. */
+static void report_replica_memory_print(const moeReport_t *report) {
+  const benchOptions_t *bench = &report->options->bench;
+  double slot = 18.0 * bench->hidden * report->options->inter, slots = slot * bench->nSlots;
+  double there = (double)report->replicaBytes / bench->nRanks;
+  printf("# memory for replicas, a rank: %.2f MB: %d slots of %.2f MB, and %.3f %% more\n", there / 1e6,
+         bench->nSlots, slot / 1e6, 100 * report_ratio(there - slots, slots));
+}
+
 int moeReportFinish(moeReport_t *report, perfError_t *error) {
   if (report == NULL) return 0;
   double records = report->records == 0 ? 1 : (double)report->records;
@@ -219,6 +231,7 @@ int moeReportFinish(moeReport_t *report, perfError_t *error) {
       "speed-up %.3f over unbalanced\n",
       (long long)report->records, report->before / records, report->after / records,
       100 * report->ofIdeal / records, 100 * report->worstOfIdeal, report->speedUp / records);
+  report_replica_memory_print(report);
   if (report->options->bench.check) {
     printf("# check: %lld runs wrong %s\n", (long long)report->bad, report->bad == 0 ? "OK" : "FAILED");
   } else {

@@ -98,7 +98,7 @@ static void moe_energy_set(const moeRun_t *run, int64_t sum, bool known, moeResu
 
 static int moe_result_make(const moeRun_t *run, moeResult_t *result, perfError_t *error) {
   const workload_t *workload = run->base.workload;
-  int64_t sums[3] = {0, 0, 0}; /* replicas, bytes, millijoules */
+  int64_t sums[4] = {0, 0, 0, 0}; /* replicas, bytes, millijoules, bytes for replicas */
   bool energyUnknown = false;
   double mean = (double)workload->assignments / workload->nRanks;
   *result = (moeResult_t){.before = workload->assignments == 0 ? 1 : (double)workload->maxBefore / mean};
@@ -110,11 +110,13 @@ static int moe_result_make(const moeRun_t *run, moeResult_t *result, perfError_t
     sums[0] += run->base.ranks[i].replicas;
     sums[1] += run->ranks[i].memoryBytes;
     sums[2] += run->ranks[i].energy;
+    sums[3] += run->ranks[i].replicaBytes;
     energyUnknown = energyUnknown || run->ranks[i].energy < 0;
   }
-  benchJobSum(sums, 3);
+  benchJobSum(sums, 4);
   result->replicas = (int32_t)sums[0];
   result->memoryBytes = sums[1];
+  result->replicaBytes = sums[3];
   moe_energy_set(run, sums[2], !benchJobAny(energyUnknown), result);
   if (run->options->bench.check) result->check = moeCheckMerge(run);
   return 0;

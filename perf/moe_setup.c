@@ -155,9 +155,18 @@ static void moe_symmetric_lay(moeRank_t *rank, moeSymmetric_t *from) {
   }
 }
 
+/* Memory that the group says it has. */
+static int moe_group_bytes(moeRank_t *rank, int64_t *bytes) {
+  ultraepGroupProperties_t properties;
+  BENCH_CALL(rank->base, ultraepGroupProperties(rank->base->group, &properties));
+  *bytes = properties.windowBytes + properties.privateBytes + properties.slotBytes;
+  return 0;
+}
+
 static int moe_experts_register(moeRank_t *rank, int32_t index) {
   const moeLayer_t *layer = &rank->layers[index];
   ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
+  int64_t before = 0, after = 0;
   experts.nWeights = experts.nGrads = MOE_TENSORS;
   for (int t = 0; t < MOE_TENSORS; t++) {
     size_t count = (size_t)moe_tensor_count(moe_options(rank), t);
@@ -166,7 +175,10 @@ static int moe_experts_register(moeRank_t *rank, int32_t index) {
     experts.grads[t] = (ultraepExpertTensor_t){
         .master = layer->grads[t], .bytes = count * sizeof(float), .dataType = ULTRAEP_FLOAT32};
   }
+  if (moe_group_bytes(rank, &before) != 0) return -1;
   BENCH_CALL(rank->base, ultraepExpertsRegister(rank->base->group, index, &experts));
+  if (moe_group_bytes(rank, &after) != 0) return -1;
+  rank->replicaBytes += after - before;
   return 0;
 }
 

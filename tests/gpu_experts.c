@@ -1,6 +1,6 @@
 /* Replicas' weights and gradients on GPUs: after a sync every slot holds its master's bytes, after a
  * reduction every master and every slot holds what the host backend gives, bit for bit; eagerly, in replayed
- * graphs, and queued over many layers with two routes alive. */
+ * graphs, and queued over many layers with two routes alive. And what registering takes of memory. */
 #include "gpu_expert_case.h"
 
 #include "gpu_copy.h"
@@ -170,6 +170,96 @@ static void test_gate(void **state) {
   gpu_world_free(&world);
 }
 
+/* ---- memory ---- */
+
+#define GRANULE ((size_t)2 << 20) /* of NCCL's device memory */
+#define MEMORY_LAYERS 2
+
+/* Bytes that registering took on rank 0: as the group says, and on its device for all ranks there. */
+static int64_t memorySaid;
+static size_t memoryTaken;
+
+static const char *memory_there(ultraepGroup_t group, int64_t *said, size_t *unused) {
+  ultraepGroupProperties_t p;
+  size_t total;
+  RANK_OK(ultraepGroupProperties(group, &p));
+  RANK_CUDA(cudaMemGetInfo(unused, &total));
+  *said = p.windowBytes + p.privateBytes + p.slotBytes;
+  return NULL;
+}
+
+/* All layers, with the masters there before. */
+static const char *memory_measure(gpuWorld_t *world, const gpuExperts_t *x, const gpuExpertSide_t *side) {
+  int64_t said[2] = {0};
+  size_t unused[2] = {0};
+  RANK_MEET(world);
+  RANK_DO(memory_there(side->side.group, &said[0], &unused[0]));
+  RANK_MEET(world);
+  for (int layer = 0; layer < MEMORY_LAYERS; layer++) {
+    ultraepExperts_t experts = gpu_experts_of(x, side, gpu_experts_local(x, world), layer);
+    RANK_OK(ultraepExpertsRegister(side->side.group, layer, &experts));
+  }
+  RANK_MEET(world);
+  RANK_DO(memory_there(side->side.group, &said[1], &unused[1]));
+  if (side->side.rank == 0) {
+    memorySaid = said[1] - said[0];
+    memoryTaken = unused[0] > unused[1] ? unused[0] - unused[1] : 0;
+  }
+  RANK_MEET(world);
+  return NULL;
+}
+
+static const char *memory_rank(gpuWorld_t *world, int rank, void *argument) {
+  const gpuExperts_t *x = argument;
+  size_t nLocal = (size_t)gpu_experts_local(x, world), weights = 0;
+  gpuExpertSide_t side = {.ownsGrads = true};
+  for (int t = 0; t < x->nWeights; t++) weights += nLocal * x->bytes[t];
+  RANK_DO(gpu_side_make(world, &x->shape, rank, true, &side.side));
+  RANK_MEET(world);
+  RANK_OK(ultraepMemAlloc(side.side.group, (void **)&side.masters, MEMORY_LAYERS * weights));
+  for (int t = 0; t < x->nGrads; t++)
+    RANK_CUDA(cudaMalloc((void **)&side.grads[t], nLocal * x->bytes[x->nWeights + t]));
+  RANK_DO(memory_measure(world, x, &side));
+  for (int t = 0; t < x->nGrads; t++) RANK_CUDA(cudaFree(side.grads[t]));
+  return gpu_side_free(&side.side);
+}
+
+/* Experts of 4096 x 1536, gate and up, and down, in bfloat16, with gradients in fp32 where `trains`; where
+ * memory is the host's, an eighth of that. */
+static void check_memory(gpuWorld_t *world, bool trains, int64_t divisor) {
+  gpuExperts_t x = {.shape = gpu_shape_small(world->nRanks), .nWeights = 2, .nGrads = trains ? 2 : 0};
+  int64_t slots = 0;
+  int nDevices;
+  x.shape.config.nExperts = world->nRanks;
+  x.shape.config.nSlots = 2;
+  for (int t = 0; t < x.nWeights + x.nGrads; t++) {
+    int64_t values = (int64_t)4096 * 1536 * (t % 2 ? 1 : 2) / divisor;
+    x.bytes[t] = (size_t)values * (t < x.nWeights ? 2 : 4);
+    x.types[t] = ULTRAEP_FLOAT32;
+    slots += x.shape.config.nSlots * (int64_t)x.bytes[t];
+  }
+  run(world, memory_rank, &x, "memory");
+  GPU_OK(cudaGetDeviceCount(&nDevices));
+  int64_t nHere = world->device >= 0 ? world->nRanks : (world->nRanks + nDevices - 1) / nDevices;
+  print_message(
+      "2 slots of %.2f MB on each of %lld ranks of a device: the group has %.4f %% more, the device "
+      "%.2f MB\n",
+      (double)slots / 2e6, (long long)nHere, 100.0 * (double)(memorySaid - slots) / (double)slots,
+      ((double)memoryTaken - (double)(nHere * slots)) / 1e6);
+  assert_true(memorySaid >= slots && 100 * (memorySaid - slots) <= slots);
+  assert_true((int64_t)memoryTaken <= nHere * (slots + slots / 100 + (int64_t)GRANULE));
+}
+
+static void test_memory(void **state) {
+  (void)state;
+  gpuWorld_t world;
+  const char *flaw = gpu_world_make(&world, 2);
+  if (flaw) fail_msg("%s", flaw);
+  check_memory(&world, false, GPU_PATIENCE > 1 ? 8 : 1);
+  check_memory(&world, true, GPU_PATIENCE > 1 ? 8 : 1);
+  gpu_world_free(&world);
+}
+
 /* ---- many layers, two routes alive ---- */
 
 #define LAYERS 100
@@ -310,8 +400,7 @@ int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_two),    cmocka_unit_test(test_four),     cmocka_unit_test(test_eight),
       cmocka_unit_test(test_graphs), cmocka_unit_test(test_repeated), cmocka_unit_test(test_layers),
-      cmocka_unit_test(test_gate),
-
+      cmocka_unit_test(test_gate),   cmocka_unit_test(test_memory),
   };
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;

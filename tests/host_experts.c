@@ -166,15 +166,19 @@ static void experts_rank(hostRankArg_t *self) {
   int nLocal = x->config.nExperts / self->nRanks;
   ultraepGroup_t group;
   ultraepRoute_t route;
+  ultraepGroupProperties_t before, after;
   int64_t here = 0, mine = 0;
   for (int t = 0; t < x->shape.nGrads; t++)
     x->grads[self->rank][t] = aligned_alloc(16, (size_t)nLocal * x->shape.bytes[x->shape.nWeights + t]);
   CHECK_OK(self, ultraepGroupCreateHost(&group, self->world, self->rank, &x->config));
   CHECK_OK(self, ultraepRouteCreate(group, &route));
+  CHECK_OK(self, ultraepGroupProperties(group, &before));
   ultraepSegments_t *s = &x->segments[self->rank];
   CHECK_OK(self, ultraepRouteSegments(route, s));
   CHECK(self, !s->weights[0][0] && !s->grads[ULTRAEP_MAX_TENSORS - 1][s->nSegments - 1]);
   for (int layer = 0; layer < LAYERS; layer++) register_layer(self, group, 7 * layer);
+  CHECK_OK(self, ultraepGroupProperties(group, &after)); /* slots are all that it takes */
+  CHECK(self, after.windowBytes == before.windowBytes && after.privateBytes == before.privateBytes);
   for (int step = 0; step < STEPS; step++) {
     experts_step(self, route, step);
     SYNC(self);

@@ -19,6 +19,10 @@ runs() {
   awk '!/^#/ && $1 == "balanced" { n++; if ($20 != "0.0e+00" || $21 != "0.0e+00" || $22 > 1e-5) exit 1 }
     END { if (n != '"$records"') exit 1 }' out || fail "balanced is not unbalanced: $* ($(grep ' balanced' out))"
   grep -q '^# check: 0 runs wrong OK$' out || fail "the footer: $*"
+  # Weights of 6 bytes and gradients of 12 for each of hidden x inter, and at most 1 % more.
+  awk -v slots="$(sed -n 's/.* slots \([0-9]*\),.*/\1/p' out)" '/^# memory for replicas, a rank: / { n++
+    if ($9 != slots || $15 < 0 || $15 > (slots > 0 ? 1 : 0)) exit 1 } END { if (n != 1) exit 1 }' out ||
+    fail "memory for replicas: $* ($(grep 'memory for' out))"
 }
 small=(-t 4 --experts 16 --topk 3 --tokens 40 --skew 2)
 

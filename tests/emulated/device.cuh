@@ -43,6 +43,7 @@
 #define __grid_constant__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+#define chainsMemory planMemory
 #define combineMemory planMemory
 #define dispatchMemory planMemory
 #define gradsMemory planMemory

@@ -17,7 +17,7 @@ typedef struct cumemMemory {
   struct cumemMemory *next;
   int refs; /* of handles and of mappings */
   int fd;
-  size_t bytes;
+  size_t bytes, taken; /* taken: of a device, 0 where another process made it */
   CUmemAllocationProp properties;
 } cumemMemory_t;
 
@@ -67,11 +67,13 @@ static cumemMemory_t *memory_find(CUmemGenericAllocationHandle handle) {
   return memory;
 }
 
-static CUmemGenericAllocationHandle memory_add(int fd, size_t bytes, const CUmemAllocationProp *properties) {
+static CUmemGenericAllocationHandle memory_add(int fd, size_t bytes, size_t taken,
+                                               const CUmemAllocationProp *properties) {
   cumemMemory_t *made = runtime_allocate(sizeof(*made));
-  *made =
-      (cumemMemory_t){.next = cumem.memories, .refs = 1, .fd = fd, .bytes = bytes, .properties = *properties};
+  *made = (cumemMemory_t){
+      .next = cumem.memories, .refs = 1, .fd = fd, .bytes = bytes, .taken = taken, .properties = *properties};
   cumem.memories = made;
+  runtime_memory_take(taken);
   return (uintptr_t)made;
 }
 
@@ -80,6 +82,7 @@ static void memory_drop(cumemMemory_t *memory) {
   if (--memory->refs > 0) return;
   while (*at != memory) at = &(*at)->next;
   *at = memory->next;
+  runtime_memory_give(memory->taken);
   (void)close(memory->fd);
   free(memory);
 }
@@ -129,7 +132,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes,
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
   cumem_lock();
-  *handle = memory_add(fd, bytes, properties);
+  *handle = memory_add(fd, bytes, bytes, properties);
   return cumem_unlock(CUDA_SUCCESS);
 }
 
@@ -188,7 +191,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle *handle, vo
   }
   (void)driver_context(&properties.location.id);
   cumem_lock();
-  *handle = memory_add(fd, (size_t)status.st_size, &properties);
+  *handle = memory_add(fd, (size_t)status.st_size, 0, &properties);
   return cumem_unlock(CUDA_SUCCESS);
 }
 

@@ -69,6 +69,8 @@ static void test_cumem(void **state) {
   assert_int_equal(cuMemCreate(&memory, unit + 1, &properties, 0), CUDA_ERROR_INVALID_VALUE);
   OK(cuMemCreate(&memory, 2 * unit, &properties, 0));
   unsigned char *one = cumem_map(memory, 2 * unit);
+  OK(cudaMemGetInfo(&after, &total));
+  assert_int_equal(before - after, 2 * unit);
   assert_int_equal(one[2 * unit - 1], 0xCB);
   OK(cuMemExportToShareableHandle(&fd, memory, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
   assert_int_equal(cuMemExportToShareableHandle(&fd, memory, CU_MEM_HANDLE_TYPE_FABRIC, 0),

@@ -37,6 +37,9 @@ void *runtime_allocate(size_t bytes);
 
 extern const size_t runtimeMemoryTotal; /* that a device has */
 size_t runtime_memory_unused(void);
+/* Memory that is there without a range: what the driver makes, mapped or not. */
+void runtime_memory_take(size_t bytes);
+void runtime_memory_give(size_t bytes);
 /* Not noted as the thread's last error, so that the driver can use it too. */
 cudaError_t runtime_memory_make(emulatedMemory_t kind, int device, size_t bytes, void **ptr);
 /* Frees what starts there and is of one of the kinds, bits 1 << kind. False: there is none. */

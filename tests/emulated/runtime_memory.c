@@ -24,8 +24,7 @@
 
 enum { MEMORY_ALIGNMENT = 512, MEMORY_POISON = 0xCB };
 
-const size_t runtimeMemoryTotal = (size_t)256
-                                  << 30; /* that of a window counts once for each rank that maps it */
+const size_t runtimeMemoryTotal = (size_t)256 << 30;
 
 /* ---- ranges ---- */
 
@@ -42,8 +41,9 @@ static struct {
   unsigned long long lastId;
 } memory = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
+/* What is mapped is not taken once more. */
 static size_t memory_charge(const emulatedRange_t *range) {
-  return range->kind == EMULATED_HOST ? 0 : range->bytes;
+  return range->kind == EMULATED_HOST || range->kind == EMULATED_CUMEM ? 0 : range->bytes;
 }
 
 static void memory_add(emulatedRange_t range, int fd) {
@@ -107,6 +107,18 @@ bool emulated_range_find(const void *ptr, emulatedRange_t *range) {
 int runtime_memory_file(const void *ptr) {
   memoryEntry_t entry;
   return memory_find(ptr, &entry) ? entry.fd : -1;
+}
+
+void runtime_memory_take(size_t bytes) {
+  (void)pthread_mutex_lock(&memory.lock);
+  memory.used += bytes;
+  (void)pthread_mutex_unlock(&memory.lock);
+}
+
+void runtime_memory_give(size_t bytes) {
+  (void)pthread_mutex_lock(&memory.lock);
+  memory.used -= bytes;
+  (void)pthread_mutex_unlock(&memory.lock);
 }
 
 size_t runtime_memory_unused(void) {
