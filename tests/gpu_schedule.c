@@ -67,7 +67,7 @@ static void meet(void) {
 
 /* A test may wait for a rank that is gone: seconds, not for ever. */
 static bool stream_ends(cudaStream_t stream, int seconds) {
-  for (int i = 0; i < 10000 * seconds; i++) {
+  for (int i = 0; i < 10000 * seconds * GPU_PATIENCE; i++) {
     if (cudaStreamQuery(stream) != cudaErrorNotReady) return true;
     nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
   }
