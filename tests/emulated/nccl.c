@@ -114,7 +114,8 @@ static ncclComm_t comm_make(int device, bool isBlocking) {
   return comm;
 }
 
-void nccl_comm_drop(ncclComm_t comm) {
+/* Not inlined: gcc cannot know that the holders are counted, and takes a second drop for a use after free. */
+__attribute__((noinline)) void nccl_comm_drop(ncclComm_t comm) {
   if (!comm || --comm->nHolders > 0) return;
   nccl_windows_free(comm);
   if (comm->world) world_leave(comm->world);
