@@ -93,8 +93,7 @@ static void *call_thread(void *argument) {
   bool isAbandoned = call->isAbandoned;
   (void)pthread_cond_signal(&call->changed);
   (void)pthread_mutex_unlock(&call->lock);
-  if (isAbandoned && isOver) call_free(call);
-  if (isAbandoned && !isOver) call_keep(call);
+  if (isAbandoned) (isOver ? call_free : call_keep)(call);
   return NULL;
 }
 

@@ -146,10 +146,6 @@ static trafficComm_t *p2p_record(void *comm) {
   return record ? record : p2p_record_open(comm);
 }
 
-static bool p2p_issued(int result) {
-  return result == P2P_NCCL_SUCCESS || result == P2P_NCCL_IN_PROGRESS;
-}
-
 static uint64_t p2p_bytes(size_t count, int type) {
   return (uint64_t)count * p2p_type_bytes(type);
 }

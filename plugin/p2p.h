@@ -45,6 +45,10 @@ enum {
   P2P_NCCL_REMOTE_ERROR = 6,
   P2P_NCCL_IN_PROGRESS = 7
 };
+/* NCCL has taken the call, and may be done with it. */
+static inline bool p2p_issued(int result) {
+  return result == P2P_NCCL_SUCCESS || result == P2P_NCCL_IN_PROGRESS;
+}
 
 typedef int (*p2p_send_fn)(const void *buffer, size_t count, int type, int peer, void *comm, void *stream);
 typedef int (*p2p_recv_fn)(void *buffer, size_t count, int type, int peer, void *comm, void *stream);

@@ -50,7 +50,7 @@ static void comm_made(const void *comm, uint64_t id) {
 /* The handle is there at once, also in a group and from a non-blocking call. */
 static int comm_made_by_ids(int result, const p2pMade_t *made, const p2p_unique_id_t *ids, int nIds,
                             int nRanks) {
-  if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
+  if (!p2p_counts() || !p2p_issued(result)) return result;
   if (!made->place || !*made->place) return result;
   if (ids && nIds > 0)
     comm_made(*made->place, comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)));
@@ -146,7 +146,7 @@ int p2p_comm_init_all(void **comms, int nDevices, const int *devices) {
   p2p_pending_pass(true);
   result = original(comms, nDevices, devices);
   p2p_pending_pass(false);
-  if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
+  if (!p2p_counts() || !p2p_issued(result)) return result;
   return comms && nDevices > 0 ? comm_all_made(result, comms, nDevices) : result;
 }
 
@@ -201,7 +201,7 @@ int p2p_comm_grow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank,
   p2p_pending_pass(true);
   result = original(parent, nRanks, id, rank, comm, config);
   p2p_pending_pass(false);
-  if (!p2p_counts() || (result != P2P_NCCL_SUCCESS && result != P2P_NCCL_IN_PROGRESS)) return result;
+  if (!p2p_counts() || !p2p_issued(result)) return result;
   if (!comm || !*comm) return result;
   comm_made(*comm, 0);
   return p2p_pending_made(&made, 1, result);

@@ -281,10 +281,6 @@ static void pending_start(void *asked) {
 
 /* ---- calls that make communicators ---- */
 
-static bool pending_is_issued(int result) {
-  return result == P2P_NCCL_SUCCESS || result == P2P_NCCL_IN_PROGRESS;
-}
-
 /* NCCL's splits that do not block say success before the child is there. */
 static bool pending_is_later(const p2pMade_t *made, int result) {
   if (result == P2P_NCCL_IN_PROGRESS || !*made->place) return true;
@@ -334,7 +330,7 @@ int p2p_pending_made(const p2pMade_t *made, int n, int result) {
   const bool isOurs = schedule_is_wanted();
   bool hasRoom = true;
 
-  if (!pending_is_issued(result) || n == 0) return result;
+  if (!p2p_issued(result) || n == 0) return result;
   if (p2p_group_depth() == 0)
     return pending_is_later(made, result) ? pending_made_later(made, n, result)
                                           : pending_made_now(made, n, result);
@@ -400,13 +396,13 @@ int p2p_pending_group_check(int result) {
 
   pthread_mutex_lock(&pendingLock);
   n = pending_count_mine(&isLater);
-  if (n > 0 && pending_is_issued(result) && isLater) {
+  if (n > 0 && p2p_issued(result) && isLater) {
     pending_group_later(isOurs);
     n = 0;
     if (isOurs) result = P2P_NCCL_IN_PROGRESS;
   } else if (n > 0) {
-    comms = pending_is_issued(result) ? calloc((size_t)n, sizeof(*comms)) : NULL;
-    if (!comms && isOurs && pending_is_issued(result)) result = P2P_NCCL_SYSTEM_ERROR;
+    comms = p2p_issued(result) ? calloc((size_t)n, sizeof(*comms)) : NULL;
+    if (!comms && isOurs && p2p_issued(result)) result = P2P_NCCL_SYSTEM_ERROR;
     n = pending_group_take(comms);
   }
   pthread_mutex_unlock(&pendingLock);
