@@ -107,8 +107,7 @@ static const char *survivor(gpuSide_t *side, const plan_t *plan, cudaStream_t st
   RANK_CUDA(error);
   ultraepResult_t code = times_out(plan->fault) ? ultraepTimeout : ultraepRemoteError;
   RANK_CHECK(result == ultraepSuccess || result == code, "the call is %s", ultraepGetErrorString(result));
-  RANK_CHECK(seconds <= 2e-3 * TIMEOUT_MS + (aborts ? 0.1 * GPU_PATIENCE : 0), "the error took %.3f s",
-             seconds);
+  RANK_CHECK(seconds <= 2e-3 * TIMEOUT_MS + 0.1 * GPU_PATIENCE * aborts, "the error took %.3f s", seconds);
   return check_failed(side, code, VICTIM, result == ultraepSuccess ? phaseNames[plan->phase] : NULL, stream);
 }
 

@@ -286,8 +286,6 @@ bool barrier(bool value) {
   return block->barrier(value);
 }
 
-// ---- for bulk.cpp ----
-
 Thread &currentThread() {
   return block->current();
 }

@@ -104,6 +104,10 @@ private:
   size_t callerBytes = 0;
 };
 
+// The running thread, and its block's copies.
+Thread &currentThread();
+BulkCopies &currentCopies();
+
 } // namespace emulated
 
 #endif

@@ -5,9 +5,6 @@
 
 namespace emulated {
 
-Thread &currentThread();
-BulkCopies &currentCopies();
-
 namespace {
 
 // What the word of an mbarrier holds.

@@ -139,11 +139,9 @@ cudaError_t cudaMemGetInfo(size_t *unused, size_t *total) {
 
 /* Its begin and its end: what is large is mostly never touched, and a page that is takes time. */
 void runtime_poison(void *base, size_t bytes) {
-  size_t part = (size_t)1 << 20;
-  memset(base, MEMORY_POISON, bytes < part ? bytes : part);
-  if (bytes > part)
-    memset((char *)base + bytes - (bytes < 2 * part ? bytes - part : part), MEMORY_POISON,
-           bytes < 2 * part ? bytes - part : part);
+  const size_t most = (size_t)1 << 20, part = bytes < most ? bytes : most; /* they may overlap */
+  memset(base, MEMORY_POISON, part);
+  memset((char *)base + bytes - part, MEMORY_POISON, part);
 }
 
 int runtime_file_make(size_t bytes) {
