@@ -35,7 +35,10 @@
  *   freed   [R][nStages]          uint64: number of the chunk last copied out of the stage, plus 1
  * From every rank:
  *   gone    [R]                   uint64: not 0 when the rank has left: what still waits for it fails
- * A transfer is posted, and marked, only when number - RING is over, so no entry is overwritten unread. */
+ * A transfer is posted, and marked, only when number - RING is over, so no entry is overwritten unread. That
+ * the last transfer of a lane is taken, and its stage freed, is told by the receiver's next kernel that has
+ * the lane: without it the sender's next transfers could not be received anyway, and this kernel ends sooner.
+ */
 #ifndef ULTRAEP_KERNELS_P2P_H_
 #define ULTRAEP_KERNELS_P2P_H_
 

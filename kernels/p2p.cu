@@ -11,12 +11,29 @@ constexpr int kP2pWarps = kP2pThreads / kWarp;
 constexpr int kP2pMovers = 3; // warps of a block that move by bulk copies
 constexpr size_t kP2pStatic =
     2048 + kP2pMaxLanes * sizeof(P2pLaneState); // shared memory that the kernel declares, at most
-constexpr int kP2pInlineLanes = 48, kP2pInlineOps = 96;
+constexpr uint64_t kP2pSmallShare = 65536;      // bytes for a block, where no transfer needs a job
 
-struct P2pInline {
-  kernelP2pLane_t lanes[kP2pInlineLanes];
-  kernelP2pOp_t ops[kP2pInlineOps];
+// A group within the kernel's argument, of two sizes, as a launch takes the longer the larger that is; or a
+// group elsewhere.
+template <int kLanes, int kOps> struct P2pInline {
+  kernelP2pLane_t lanes[kLanes];
+  kernelP2pOp_t ops[kOps];
+
+  static bool fits(int nLanes, int nOps) { return nLanes <= kLanes && nOps <= kOps; }
+  void fill(const kernelP2pGroup_t &group) {
+    std::copy(group.lanes, group.lanes + group.nLanes, lanes);
+    std::copy(group.ops, group.ops + group.nOps, ops);
+  }
+  __device__ const kernelP2pLane_t *lanesOf(const kernelP2pGroup_t &) const { return lanes; }
+  __device__ const kernelP2pOp_t *opsOf(const kernelP2pGroup_t &) const { return ops; }
 };
+struct P2pElsewhere {
+  void fill(const kernelP2pGroup_t &) {}
+  __device__ const kernelP2pLane_t *lanesOf(const kernelP2pGroup_t &group) const { return group.lanes; }
+  __device__ const kernelP2pOp_t *opsOf(const kernelP2pGroup_t &group) const { return group.ops; }
+};
+using P2pFew = P2pInline<16, 16>;
+using P2pMany = P2pInline<48, 96>;
 
 enum P2pForm {
   kP2pSmall,    // no transfer needs a job
@@ -36,22 +53,14 @@ __device__ inline void leaveP2p(const P2pContext &c) {
   storeReleaseDevice64(&c.s.runs, c.s.runs + 1);
 }
 
-template <P2pForm kForm, bool kInline>
+template <P2pForm kForm, typename Where>
 __global__ void __launch_bounds__(kP2pThreads, 1)
     p2pKernel(const __grid_constant__ kernelP2p_t p, const __grid_constant__ kernelP2pLayout_t layout,
-              const __grid_constant__ kernelP2pGroup_t group,
-              const __grid_constant__ std::conditional_t<kInline, P2pInline, char> own) {
+              const __grid_constant__ kernelP2pGroup_t group, const __grid_constant__ Where where) {
   extern __shared__ __align__(128) char p2pMemory[];
-  const kernelP2pLane_t *lanes = group.lanes;
-  const kernelP2pOp_t *ops = group.ops;
-  if constexpr (kInline) {
-    lanes = own.lanes;
-    ops = own.ops;
-  }
-  P2pContext c{p, layout, lanes, ops, group.nLanes, *p.state};
+  P2pContext c{p, layout, where.lanesOf(group), where.opsOf(group), group.nLanes, *p.state};
   __shared__ P2pLaneState states[kP2pMaxLanes]; // of lane i in block i % gridDim.x
   int warp = threadIdx.x / kWarp;
-  bool isDead = __syncthreads_or(threadIdx.x == 0 && c.hasFailed());
   if constexpr (kForm == kP2pBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     __shared__ P2pPipe pipe;
@@ -63,12 +72,13 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
       pipe.nTaken = pipe.nBegun = pipe.nLoaded = pipe.nFreed = pipe.isTakenAll = pipe.isLoadedAll = 0;
     }
     __syncthreads();
-    if (!isDead && warp < kP2pMovers) moveByBulk(c, pipe, p2pMemory, nStages);
-    if (!isDead && warp >= kP2pMovers)
+    if (warp < kP2pMovers)
+      moveByBulk(c, pipe, p2pMemory, nStages);
+    else
       mindLanes(c, states, int(blockIdx.x) + (warp - kP2pMovers) * int(gridDim.x),
                 (kP2pWarps - kP2pMovers) * gridDim.x, true, false);
 #endif
-  } else if (!isDead) {
+  } else {
     mindLanes(c, states, int(blockIdx.x) + warp * int(gridDim.x), kP2pWarps * gridDim.x, false,
               kForm == kP2pSmall);
   }
@@ -95,22 +105,19 @@ __global__ void leaveKernel(const __grid_constant__ kernelP2p_t p,
     if (r != p.rank) storeReleaseSystem(reinterpret_cast<uint64_t *>(p.windows[r] + layout.gone) + p.rank, 1);
 }
 
-template <P2pForm kForm, bool kInline>
+template <P2pForm kForm, typename Where>
 cudaError_t launch(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const kernelP2pGroup_t &group,
                    int nBlocks, cudaStream_t stream) {
-  std::conditional_t<kInline, P2pInline, char> own = {};
-  if constexpr (kInline) {
-    std::copy(group.lanes, group.lanes + group.nLanes, own.lanes);
-    std::copy(group.ops, group.ops + group.nOps, own.ops);
-  }
+  Where where = {};
+  where.fill(group);
   uint32_t nStages =
       std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
   size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pStageRoom) : 0;
-  return launchKernel(p2pKernel<kForm, kInline>, {nBlocks, kP2pThreads, bytes, stream}, *p, layout, group,
-                      own);
+  return launchKernel(p2pKernel<kForm, Where>, {nBlocks, kP2pThreads, bytes, stream}, *p, layout, group,
+                      where);
 }
 
-template <bool kInline>
+template <typename Where>
 cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const kernelP2pGroup_t &group,
                        cudaStream_t stream) {
   bool small = true;
@@ -119,12 +126,19 @@ cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, co
     small = small && group.ops[i].bytes <= p->geometry.eagerBytes;
     bytes += group.ops[i].bytes;
   }
+  if (small) {
+    // One block where it will do: it need not meet others at the end.
+    int64_t forLanes = (group.nLanes + kP2pWarps - 1) / kP2pWarps, forBytes = int64_t(bytes / kP2pSmallShare);
+    int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max(forLanes, forBytes)));
+    if (P2pFew::fits(group.nLanes, group.nOps))
+      return launch<kP2pSmall, P2pFew>(p, layout, group, nBlocks, stream);
+    return launch<kP2pSmall, Where>(p, layout, group, nBlocks, stream);
+  }
   int forLanes = (group.nLanes + kP2pWarps - kP2pMovers - 1) / (kP2pWarps - kP2pMovers);
-  if (small) return launch<kP2pSmall, kInline>(p, layout, group, std::max(1, forLanes), stream);
   int64_t forBytes = int64_t(bytes / kP2pLeastChunk) + 1;
   int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max<int64_t>(forBytes, forLanes)));
-  if (p->hasBulk) return launch<kP2pBulk, kInline>(p, layout, group, nBlocks, stream);
-  return launch<kP2pPortable, kInline>(p, layout, group, nBlocks, stream);
+  if (p->hasBulk) return launch<kP2pBulk, Where>(p, layout, group, nBlocks, stream);
+  return launch<kP2pPortable, Where>(p, layout, group, nBlocks, stream);
 }
 
 } // namespace ultraep
@@ -151,16 +165,17 @@ size_t kernelP2pStateBytes(const kernelP2pGeometry_t *) {
 }
 
 int kernelP2pFits(int32_t nLanes, int32_t nOps) {
-  return nLanes <= ultraep::kP2pInlineLanes && nOps <= ultraep::kP2pInlineOps;
+  return ultraep::P2pMany::fits(nLanes, nOps);
 }
 
 int kernelP2pLoad(void) {
   using namespace ultraep;
-  return loadKernels({kernelAddress(p2pKernel<kP2pSmall, true>), kernelAddress(p2pKernel<kP2pSmall, false>),
-                      kernelAddress(p2pKernel<kP2pPortable, true>),
-                      kernelAddress(p2pKernel<kP2pPortable, false>), kernelAddress(p2pKernel<kP2pBulk, true>),
-                      kernelAddress(p2pKernel<kP2pBulk, false>), kernelAddress(leaveKernel),
-                      kernelAddress(awaitKernel)});
+  return loadKernels(
+      {kernelAddress(p2pKernel<kP2pSmall, P2pFew>), kernelAddress(p2pKernel<kP2pSmall, P2pMany>),
+       kernelAddress(p2pKernel<kP2pSmall, P2pElsewhere>), kernelAddress(p2pKernel<kP2pPortable, P2pMany>),
+       kernelAddress(p2pKernel<kP2pPortable, P2pElsewhere>), kernelAddress(p2pKernel<kP2pBulk, P2pMany>),
+       kernelAddress(p2pKernel<kP2pBulk, P2pElsewhere>), kernelAddress(leaveKernel),
+       kernelAddress(awaitKernel)});
 }
 
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream) {
@@ -168,8 +183,8 @@ int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaS
   kernelP2pLayout_t layout;
   kernelP2pLayout(&p2p->geometry, &layout);
   if (group->nLanes == 0) return cudaSuccess;
-  if (kernelP2pFits(group->nLanes, group->nOps)) return launchForm<true>(p2p, layout, *group, stream);
-  return launchForm<false>(p2p, layout, *group, stream);
+  if (kernelP2pFits(group->nLanes, group->nOps)) return launchForm<P2pMany>(p2p, layout, *group, stream);
+  return launchForm<P2pElsewhere>(p2p, layout, *group, stream);
 }
 
 int kernelP2pAwait(const kernelP2p_t *p2p, uint64_t runs, cudaStream_t stream) {

@@ -17,14 +17,19 @@ struct P2pLane {
   __device__ P2pLane(const P2pContext &context, int number, P2pLaneState &own, bool bulk)
       : c(context), index(number), lane(context.lanes[number]), state(own), hasBulk(bulk) {}
 
-  // Before the first step: what earlier kernels have counted.
+  // Before the first step: what earlier kernels have counted. Looked up at once, as memory is far.
   __device__ void begin() const {
     if (isFirst()) {
-      state = {};
-      state.number = (lane.isRecv ? c.s.received : c.s.sent)[lane.peer];
-      state.chunk = (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer];
-      state.room = c.s.room[lane.peer];
-      state.over = c.s.over[lane.peer];
+      P2pLaneState found = {};
+      found.number = (lane.isRecv ? c.s.received : c.s.sent)[lane.peer];
+      found.chunk = (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer];
+      found.room = c.s.room[lane.peer];
+      found.over = c.s.over[lane.peer];
+      found.own = c.p.windows[c.p.rank];
+      found.peer = c.p.windows[lane.peer];
+      found.isOwed = lane.isRecv ? c.s.isOwed[lane.peer] : 0;
+      state = found;
+      if (found.isOwed) tellTaken();
     }
     __syncwarp();
   }
@@ -102,10 +107,10 @@ struct P2pLane {
     return true;
   }
   __device__ bool isFree(uint64_t chunk) const {
-    return chunk < c.stages() || loadAcquireSystem(c.freed(c.p.rank, lane.peer, chunk)) > chunk - c.stages();
+    return chunk < c.stages() || loadAcquireSystem(c.freed(state.own, lane.peer, chunk)) > chunk - c.stages();
   }
   __device__ bool hasArrived(uint64_t chunk) const {
-    return loadAcquireSystem(c.arrived(c.p.rank, lane.peer, chunk)) == chunk + 1;
+    return loadAcquireSystem(c.arrived(state.own, lane.peer, chunk)) == chunk + 1;
   }
   __device__ bool isMoved() const { return seeDevice(&c.s.jobs[index].done) == state.bytes; }
   __device__ void close(bool isStaged) const {
@@ -131,7 +136,7 @@ struct P2pLane {
   __device__ void raiseMark(uint64_t bytes, bool isDirect) const {
     __syncwarp();
     if (!isFirst()) return;
-    kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
+    kernelP2pMark_t *mark = c.mark(state.peer, c.p.rank, number());
     *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = bytes;
     storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | uint64_t(isDirect));
   }
@@ -155,11 +160,11 @@ struct P2pLane {
     uint64_t chunk = state.chunk;
     if (x.bytes > 0) {
       if (!hasRoom()) return false;
-      copyByWarp(c.stage(lane.peer, c.p.rank, chunk), reinterpret_cast<const char *>(x.address), x.bytes);
+      copyByWarp(c.stage(state.peer, c.p.rank, chunk), reinterpret_cast<const char *>(x.address), x.bytes);
     }
     __syncwarp();
     if (isFirst()) {
-      kernelP2pMark_t *mark = c.mark(lane.peer, c.p.rank, number());
+      kernelP2pMark_t *mark = c.mark(state.peer, c.p.rank, number());
       storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | x.bytes << 2 | 2);
       if (x.bytes > 0) state.chunk = chunk + 1;
     }
@@ -181,7 +186,7 @@ struct P2pLane {
   }
   // The receiver has posted: where it goes.
   __device__ bool sendPosted(const kernelP2pOp_t &x) const {
-    const kernelP2pPost_t *at = c.post(c.p.rank, lane.peer, number());
+    const kernelP2pPost_t *at = c.post(state.own, lane.peer, number());
     if (seeSystem(&at->number) != number() + 1) return false;
     const volatile kernelP2pPost_t *seen = at;
     kernelP2pPost_t post = {seen->bytes, seen->address, seen->slot, seen->generation, 0};
@@ -212,7 +217,7 @@ struct P2pLane {
     switch (state.step) {
     case kP2pBegin:
       if (number() >= state.over + KERNEL_P2P_RING) {
-        uint64_t over = seeSystem(c.taken(c.p.rank, lane.peer));
+        uint64_t over = seeSystem(c.taken(state.own, lane.peer));
         if (isFirst()) state.over = over;
         __syncwarp();
         if (number() >= over + KERNEL_P2P_RING) return false;
@@ -234,7 +239,7 @@ struct P2pLane {
   __device__ void post(const kernelP2pOp_t &x) const {
     __syncwarp();
     if (!isFirst()) return;
-    kernelP2pPost_t *at = c.post(lane.peer, c.p.rank, number());
+    kernelP2pPost_t *at = c.post(state.peer, c.p.rank, number());
     volatile kernelP2pPost_t *to = at;
     to->bytes = x.bytes;
     to->address = x.address;
@@ -263,12 +268,19 @@ struct P2pLane {
   }
   __device__ bool received() const {
     __syncwarp();
-    if (isFirst()) storeReleaseSystem(c.taken(lane.peer, c.p.rank), number() + 1);
+    if (isFirst()) storeReleaseSystem(c.taken(state.peer, c.p.rank), number() + 1);
     return over();
+  }
+  // Tells the sender of the transfer before the present one, and of its stage. By one thread.
+  __device__ void tellTaken() const {
+    __threadfence_system();
+    storeRelaxedSystem(c.freed(state.peer, c.p.rank, state.chunk - 1), state.chunk);
+    storeRelaxedSystem(c.taken(state.peer, c.p.rank), number());
+    state.isOwed = 0;
   }
   // The sender has begun, or, where it goes directly, ended.
   __device__ bool recvMarked(const kernelP2pOp_t &x) const {
-    const kernelP2pMark_t *at = c.mark(c.p.rank, lane.peer, number());
+    const kernelP2pMark_t *at = c.mark(state.own, lane.peer, number());
     uint64_t word = seeSystem(&at->number);
     if (word >> KERNEL_P2P_MARK_BITS != number() + 1) {
       postLate(x);
@@ -296,16 +308,19 @@ struct P2pLane {
   }
   __device__ bool recvStage(const kernelP2pOp_t &x) const {
     uint64_t chunk = state.chunk;
-    if (!state.isDirect && seeSystem(c.arrived(c.p.rank, lane.peer, chunk)) != chunk + 1) return false;
-    copyByWarp(reinterpret_cast<char *>(x.address), c.stage(c.p.rank, lane.peer, chunk), state.bytes);
+    if (!state.isDirect && seeSystem(c.arrived(state.own, lane.peer, chunk)) != chunk + 1) return false;
+    copyByWarp(reinterpret_cast<char *>(x.address), c.stage(state.own, lane.peer, chunk), state.bytes);
     __syncwarp();
+    if (isFirst()) state.chunk = chunk + 1;
+    over();
+    // The lane's last is told by the next kernel, which must come before the sender can need it: that saves
+    // this one a fence at its end.
     if (isFirst()) {
-      __threadfence_system();
-      storeRelaxedSystem(c.freed(lane.peer, c.p.rank, chunk), chunk + 1);
-      storeRelaxedSystem(c.taken(lane.peer, c.p.rank), number() + 1);
-      state.chunk = chunk + 1;
+      state.isOwed = 1;
+      if (!isOver()) tellTaken();
     }
-    return over();
+    __syncwarp();
+    return true;
   }
   __device__ bool recvMoving() const {
     bool some = extend(state.chunk);
@@ -340,7 +355,9 @@ struct P2pLane {
     if (!isFirst()) return;
     (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] = state.number;
     (lane.isRecv ? c.s.receivedChunks : c.s.sentChunks)[lane.peer] = state.chunk;
-    if (!lane.isRecv) {
+    if (lane.isRecv) {
+      c.s.isOwed[lane.peer] = state.isOwed;
+    } else {
       c.s.room[lane.peer] = state.room;
       c.s.over[lane.peer] = state.over;
     }
@@ -359,7 +376,7 @@ struct P2pClock {
   __device__ void look(const P2pContext &c, int32_t peer, bool lookAtHost) {
     uint64_t now = nowNs();
     if (since == 0) since = now;
-    if (loadAcquireSystem(c.gone(c.p.rank, peer)) != 0) c.fail(kRemoteError, peer);
+    if (loadAcquireSystem(c.gone(c.p.windows[c.p.rank], peer)) != 0) c.fail(kRemoteError, peer);
     if (lookAtHost && *reinterpret_cast<const volatile int32_t *>(&c.p.failure->abort) != 0)
       c.fail(kRemoteError, c.p.rank);
     if (c.p.timeoutNs != 0 && now - since > c.p.timeoutNs) c.fail(kTimeout, peer);
@@ -378,7 +395,9 @@ __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int 
     int number = first + i * stride;
     return P2pLane(c, number, states[number / int(gridDim.x)], hasBulk);
   };
+  bool hasFailed = c.hasFailed();
   for (int i = 0; i < nMine; i++) laneOf(i).begin();
+  if (__any_sync(kFullWarp, hasFailed)) return;
   for (int polls = 1;; polls++) {
     bool some = false;
     int32_t waited = -1;

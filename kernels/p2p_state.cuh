@@ -42,16 +42,18 @@ enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
 
 // Of the warp that looks after the lane, in its block's shared memory.
 struct P2pLaneState {
-  int32_t op;      // of the lane, under way
-  int32_t step;    // P2pStep
-  uint64_t number; // of the transfer under way
-  uint64_t chunk;  // of the pair, the next that is staged
-  uint64_t bytes;  // of the transfer under way, once known
-  uint64_t chunks; // of the job that may be taken
-  uint64_t room;   // sends: chunks below this have had a free stage
-  uint64_t over;   // sends: transfers that the receiver was seen to be done with
+  int32_t op;       // of the lane, under way
+  int32_t step;     // P2pStep
+  uint64_t number;  // of the transfer under way
+  uint64_t chunk;   // of the pair, the next that is staged
+  uint64_t bytes;   // of the transfer under way, once known
+  uint64_t chunks;  // of the job that may be taken
+  uint64_t room;    // sends: chunks below this have had a free stage
+  uint64_t over;    // sends: transfers that the receiver was seen to be done with
+  char *own, *peer; // windows: this rank's, and the other's as seen from here
   int32_t isDirect;
-  int32_t polls; // for the transfer's mark
+  int32_t polls;   // for the transfer's mark
+  uint32_t isOwed; // receives: the sender has not been told that the last transfer is over
 };
 
 } // namespace ultraep
@@ -65,6 +67,7 @@ struct kernelP2pState {
   uint64_t sent[KERNEL_P2P_MAX_RANKS], received[KERNEL_P2P_MAX_RANKS]; // transfers that are over
   uint64_t sentChunks[KERNEL_P2P_MAX_RANKS], receivedChunks[KERNEL_P2P_MAX_RANKS];
   uint64_t room[KERNEL_P2P_MAX_RANKS], over[KERNEL_P2P_MAX_RANKS]; // as in P2pLaneState
+  uint32_t isOwed[KERNEL_P2P_MAX_RANKS];
   ultraep::P2pJob jobs[ultraep::kP2pMaxLanes];
   kernelP2pMap_t maps[KERNEL_P2P_MAX_RANKS][KERNEL_P2P_SLOTS]; // what was seen of the host's
 };
@@ -81,26 +84,30 @@ struct P2pContext {
   kernelP2pState_t &s;
 
   __device__ uint64_t stages() const { return uint64_t(p.geometry.nStages); }
-  template <typename T> __device__ T *at(int rank, size_t offset, size_t index) const {
-    return reinterpret_cast<T *>(p.windows[rank] + offset) + index;
+  template <typename T> __device__ T *at(char *window, size_t offset, size_t index) const {
+    return reinterpret_cast<T *>(window + offset) + index;
   }
-  // Entries in `rank`'s window that belong to `from`.
-  __device__ kernelP2pMark_t *mark(int rank, int from, uint64_t number) const {
-    return at<kernelP2pMark_t>(rank, layout.marks, size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
+  // Entries in a window, as p.windows has it, that belong to `from`.
+  __device__ kernelP2pMark_t *mark(char *window, int from, uint64_t number) const {
+    return at<kernelP2pMark_t>(window, layout.marks,
+                               size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
   }
-  __device__ kernelP2pPost_t *post(int rank, int from, uint64_t number) const {
-    return at<kernelP2pPost_t>(rank, layout.posts, size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
+  __device__ kernelP2pPost_t *post(char *window, int from, uint64_t number) const {
+    return at<kernelP2pPost_t>(window, layout.posts,
+                               size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
   }
-  __device__ uint64_t *taken(int rank, int from) const { return at<uint64_t>(rank, layout.taken, from); }
-  __device__ uint64_t *gone(int rank, int from) const { return at<uint64_t>(rank, layout.gone, from); }
-  __device__ uint64_t *arrived(int rank, int from, uint64_t chunk) const {
-    return at<uint64_t>(rank, layout.arrived, from * stages() + chunk % stages());
+  __device__ uint64_t *taken(char *window, int from) const {
+    return at<uint64_t>(window, layout.taken, from);
   }
-  __device__ uint64_t *freed(int rank, int from, uint64_t chunk) const {
-    return at<uint64_t>(rank, layout.freed, from * stages() + chunk % stages());
+  __device__ uint64_t *gone(char *window, int from) const { return at<uint64_t>(window, layout.gone, from); }
+  __device__ uint64_t *arrived(char *window, int from, uint64_t chunk) const {
+    return at<uint64_t>(window, layout.arrived, from * stages() + chunk % stages());
   }
-  __device__ char *stage(int rank, int from, uint64_t chunk) const {
-    return p.windows[rank] + layout.stages + (from * stages() + chunk % stages()) * p.geometry.stageBytes;
+  __device__ uint64_t *freed(char *window, int from, uint64_t chunk) const {
+    return at<uint64_t>(window, layout.freed, from * stages() + chunk % stages());
+  }
+  __device__ char *stage(char *window, int from, uint64_t chunk) const {
+    return window + layout.stages + (from * stages() + chunk % stages()) * p.geometry.stageBytes;
   }
 
   __device__ bool hasFailed() const { return *reinterpret_cast<volatile int32_t *>(&s.failed) != 0; }
@@ -184,13 +191,14 @@ __device__ inline P2pChunk makeChunk(const P2pContext &c, P2pJob &job, uint64_t 
   uint64_t number = job.firstChunk + at / c.p.geometry.stageBytes;
   P2pChunk chunk = {job.user + at, job.other + at, bytes, at, nullptr, number + 1, &job};
   if (job.kind == kP2pStagedSend) {
-    chunk.to = c.stage(job.peer, c.p.rank, number);
-    chunk.flag = c.arrived(job.peer, c.p.rank, number);
+    char *peer = c.p.windows[job.peer];
+    chunk.to = c.stage(peer, c.p.rank, number);
+    chunk.flag = c.arrived(peer, c.p.rank, number);
   } else if (job.kind == kP2pStagedRecv) {
-    chunk.from = c.stage(c.p.rank, job.peer, number);
+    chunk.from = c.stage(c.p.windows[c.p.rank], job.peer, number);
     chunk.to = job.user + at;
     chunk.before = 0;
-    chunk.flag = c.freed(job.peer, c.p.rank, number);
+    chunk.flag = c.freed(c.p.windows[job.peer], c.p.rank, number);
   }
   return chunk;
 }
