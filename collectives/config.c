@@ -224,6 +224,7 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks) {
       {"peers", config->peers, ULTRAEP_PEERS_AUTO, ULTRAEP_PEERS_IPC},
       {"maxRoutes", config->maxRoutes, 1, CONFIG_MAX_ROUTES},
       {"maxCtas", config->maxCtas, 0, 65535},
+      {"expertCtas", config->expertCtas, 0, 65535},
       {"timeoutMs", config->timeoutMs, 1, 3600000},
   };
   result = config_check_ranges(ranges, sizeof(ranges) / sizeof(ranges[0]));
@@ -259,6 +260,7 @@ const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b
   DIFFERS(peers);
   DIFFERS(maxRoutes);
   DIFFERS(maxCtas);
+  DIFFERS(expertCtas);
   DIFFERS(timeoutMs);
   DIFFERS(version);
 #undef DIFFERS

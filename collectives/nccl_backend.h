@@ -77,9 +77,10 @@ typedef struct ncclRank {
   size_t slotFlagsOffset;
   size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
   kernelGroup_t kernel;
-  bool isStuck;     /* a meeting timed out and is still pending in NCCL or on `stream` */
-  cudaEvent_t work; /* after the last call that was enqueued outside a capture */
-  void *pinned;     /* mapped: the failure, then the status of each route */
+  int32_t expertBlocks; /* nBlocks of the kernels of weights and gradients */
+  bool isStuck;         /* a meeting timed out and is still pending in NCCL or on `stream` */
+  cudaEvent_t work;     /* after the last call that was enqueued outside a capture */
+  void *pinned;         /* mapped: the failure, then the status of each route */
   kernelFailure_t *failure, *deviceFailure;       /* and as mapped */
   kernelRouteStatus_t *statuses, *deviceStatuses; /* [maxRoutes], and as mapped */
   char *agreeBuffer;                              /* device: (R + 1) messages */

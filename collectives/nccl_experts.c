@@ -209,7 +209,9 @@ static ultraepResult_t experts_enqueue(ultraepRoute_t route, const groupLayer_t 
   const ncclRoute_t *impl = route->impl;
   ncclRank_t *self = nccl_rank(route->group);
   kernelExperts_t kernel = experts_kernel(route, layer, call);
-  cudaError_t error = (cudaError_t)launch(&self->kernel, &impl->kernel, &kernel, stream);
+  kernelGroup_t group = self->kernel;
+  group.nBlocks = self->expertBlocks;
+  cudaError_t error = (cudaError_t)launch(&group, &impl->kernel, &kernel, stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, what);
   nccl_work_enqueued(self, stream, nccl_is_captured(stream));
   return ultraepSuccess;

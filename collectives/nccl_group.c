@@ -196,6 +196,8 @@ static ultraepResult_t group_look_at_device(ultraepGroup_t group) {
   self->kernel.hasBulk = major >= 9;
   /* Blocks of one kernel wait for each other, so all of them must be resident. */
   if (self->kernel.nBlocks > multiprocessors) self->kernel.nBlocks = multiprocessors;
+  self->expertBlocks = group->config.expertCtas > 0 ? group->config.expertCtas : self->kernel.nBlocks;
+  if (self->expertBlocks > multiprocessors) self->expertBlocks = multiprocessors;
   size_t needed = kernelRouteSharedBytes(&self->kernel.planner);
   if (needed > (size_t)limit)
     return error_set(

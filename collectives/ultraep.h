@@ -181,8 +181,10 @@ typedef struct {
   int32_t peers;        /* ultraepPeers_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
-  int32_t timeoutMs;    /* how long any wait for another rank may last, 1..3600000 */
-  int32_t reserved[3];  /* 0 */
+  int32_t expertCtas;  /* the same for the kernels of ultraepWeightsSync and ultraepGradsReduce, which may run
+                          beside matrix products; 0: as maxCtas */
+  int32_t timeoutMs;   /* how long any wait for another rank may last, 1..3600000 */
+  int32_t reserved[2]; /* 0 */
 } ultraepConfig_t;
 
 /* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest
@@ -191,8 +193,8 @@ typedef struct {
   {                                                                                                          \
     sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0,  \
         1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, ULTRAEP_GRADS_ORDERED,    \
-        ULTRAEP_PEERS_AUTO, 1, 0, 30000, {                                                                   \
-      0, 0, 0                                                                                                \
+        ULTRAEP_PEERS_AUTO, 1, 0, 0, 30000, {                                                                \
+      0, 0                                                                                                   \
     }                                                                                                        \
   }
 

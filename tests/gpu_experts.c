@@ -40,6 +40,7 @@ static gpuExperts_t experts_make(planner_random_t *random, int nRanks) {
   c->nSlots = planner_random_below(random, 5);
   c->topK = 1 + planner_random_below(random, 4);
   c->maxCtas = 1 + planner_random_below(random, 16);
+  c->expertCtas = planner_random_below(random, 16);
   c->maxRecvRows = (int64_t)nRanks * c->maxTokens * c->topK + (int64_t)(c->nExperts + 4) * c->alignment;
   x.nWeights = 1 + planner_random_below(random, 4);
   x.nGrads = planner_random_below(random, 4);

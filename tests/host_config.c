@@ -90,9 +90,10 @@ static void test_config_ranges(void **state) {
   TRY(maxRoutes, 0, "maxRoutes");
   TRY(maxRoutes, 4097, "maxRoutes");
   TRY(maxCtas, -1, "maxCtas");
+  TRY(expertCtas, -1, "expertCtas");
   TRY(timeoutMs, 0, "timeoutMs");
   TRY(timeoutMs, 3600001, "timeoutMs");
-  TRY(reserved[2], 1, "reserved");
+  TRY(reserved[1], 1, "reserved");
 }
 
 static void test_config_cost(void **state) {
@@ -363,6 +364,7 @@ static void test_config_difference(void **state) {
   DIFFERENT(peers);
   DIFFERENT(maxRoutes);
   DIFFERENT(maxCtas);
+  DIFFERENT(expertCtas);
   DIFFERENT(timeoutMs);
 #undef DIFFERENT
 }
