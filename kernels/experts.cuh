@@ -220,38 +220,6 @@ struct WaitClock {
   }
 };
 
-// ---- shares of the work ----
-
-// Goes over numbered candidates, some of which are tasks, and gives every worker every nWorkers-th task in
-// ascending order. By a warp, with `window` ([32] in shared memory) of its own.
-struct TaskWalk {
-  static constexpr int kEnough = 8; // tasks to know ahead
-
-  int next = 0;        // candidate that the first lane looks at
-  uint32_t before = 0; // tasks below it, of all workers
-
-  // Returns how many tasks it put in the window, 0 at the end.
-  template <typename IsTask>
-  __device__ int take(int nCandidates, uint32_t worker, uint32_t nWorkers, int32_t *window, IsTask isTask) {
-    int lane = threadIdx.x % kWarp, have = 0;
-    unsigned lower = (1u << lane) - 1;
-    __syncwarp(); // the last window has been read
-    for (; next < nCandidates && have < kEnough; next += kWarp) {
-      int candidate = next + lane;
-      bool is = candidate < nCandidates && isTask(candidate);
-      unsigned tasks = __ballot_sync(kFullWarp, is);
-      bool ours = is && (before + __popc(tasks & lower)) % nWorkers == worker;
-      unsigned mine = __ballot_sync(kFullWarp, ours);
-      if (have + __popc(mine) > kWarp) break;
-      if (ours) window[have + __popc(mine & lower)] = candidate;
-      have += __popc(mine);
-      before += __popc(tasks);
-    }
-    __syncwarp();
-    return have;
-  }
-};
-
 } // namespace ultraep
 
 #endif

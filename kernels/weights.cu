@@ -6,9 +6,9 @@
 // ranks copies n tiles of n+1, one at a time and idle at turn n - place, and takes in and sends out each byte
 // once at most.
 //
-// Every worker does its tasks in ascending order of (tile, expert), and a task waits only for the same tile
-// and expert one hop earlier; so the first task that is not done can always be done, and nobody waits for
-// ever.
+// Every worker does its tasks in one order of tiles and experts that all ranks share (TaskWalk), and a task
+// waits only for the same tile and expert one hop earlier; so the first task that is not done can always be
+// done, and nobody waits for ever.
 //
 // With bulk copies a block is a worker: one warp waits for flags and loads tiles into stages, another stores
 // them and tells the next rank. Without them (sm_80) a warp is a worker and copies through registers.
@@ -21,7 +21,7 @@ namespace ultraep {
 constexpr int kBulkThreads = 128;     // loads, stores, and the rest for tables
 constexpr int kPortableThreads = 512; // all of them copy
 constexpr int kMaxStages = 16;
-constexpr size_t kWeightsStatic = 4608; // shared memory that the kernel declares, at most
+constexpr size_t kWeightsStatic = 6656; // shared memory that the kernel declares, at most
 
 // One tile's copy on one hop.
 struct Task {
@@ -34,6 +34,67 @@ struct Task {
   uint64_t extraNs; // patience
 };
 
+// ---- shares of the work ----
+
+// A tile of a chain that this rank copies.
+struct Share {
+  int32_t tile, chain;
+};
+
+// The tiles of a chain that this rank copies: all but those of its idle turn. They are numbered, ascending.
+struct ChainTasks {
+  int period, idle;
+
+  __device__ explicit ChainTasks(const Chain &c) : period(c.n + 1), idle(c.n - c.at) {}
+  // How many there are below a tile.
+  __device__ int below(int tile) const { return tile - (tile + period - 1 - idle) / period; }
+  __device__ int tile(int nth) const {
+    int turn = nth % (period - 1);
+    return nth / (period - 1) * period + turn + (turn >= idle);
+  }
+};
+
+// Goes over this rank's tasks by rounds of tiles, in a round by chains, which is the order on all ranks, and
+// gives every worker every nWorkers-th. By a warp, with `window` ([32] in shared memory) of its own.
+struct TaskWalk {
+  static constexpr int kRound = 128; // tiles
+  static constexpr int kEnough = 8;  // tasks to know ahead
+
+  const Chain *chains;
+  int nChains, nTiles;
+  int round = 0, chain = 0; // that come next
+  int taken = 0;            // of them, by this worker
+  int before = 0;           // tasks of the chains before, modulo the workers
+
+  // Returns how many tasks it put in the window, 0 at the end.
+  __device__ int take(int worker, int nWorkers, Share *window) {
+    int lane = threadIdx.x % kWarp, have = 0;
+    __syncwarp(); // the last window has been read
+    while (have < kEnough && nChains > 0 && round * kRound < nTiles) {
+      ChainTasks tasks(chains[chain]);
+      int first = tasks.below(round * kRound), end = tasks.below(min(nTiles, round * kRound + kRound));
+      int skipped = (worker + nWorkers - (first + before) % nWorkers) % nWorkers;
+      int nth = first + skipped + (taken + lane) * nWorkers, room = kWarp - have;
+      int n = __popc(__ballot_sync(kFullWarp, nth < end));
+      if (lane < min(n, room)) window[have + lane] = {tasks.tile(nth), chain};
+      have += min(n, room);
+      taken += min(n, room);
+      if (n < kWarp && n <= room) pass(tasks, nWorkers);
+    }
+    __syncwarp();
+    return have;
+  }
+
+private:
+  __device__ void pass(const ChainTasks &tasks, int nWorkers) {
+    taken = 0;
+    before = (before + tasks.below(nTiles)) % nWorkers;
+    if (++chain < nChains) return;
+    chain = before = 0;
+    round++;
+  }
+};
+
 struct WeightsContext {
   const kernelGroup_t &g;
   const kernelExperts_t &x;
@@ -41,20 +102,14 @@ struct WeightsContext {
   int nChains;
   uint32_t call;
 
-  __device__ int nCandidates() const { return x.nWeightTiles * nChains; }
-  // Whether this rank copies the candidate's tile on a hop.
-  __device__ bool isTask(int candidate) const {
-    const Chain &c = chains[candidate % nChains];
-    return candidate / nChains % (c.n + 1) != c.n - c.at;
-  }
   __device__ char *address(const kernelTensor_t &tensor, int expert, Place place) const {
     if (place.slot >= 0) return slotAddress(x, tensor, place);
     return tensor.peers[place.rank] + tensor.peersOffset +
            size_t(expert - place.rank * g.planner.perRank) * tensor.bytes;
   }
-  __device__ Task task(int candidate) const {
-    const Chain &c = chains[candidate % nChains];
-    int number = candidate / nChains, turn = number % (c.n + 1), hop = turn < c.n - c.at ? c.at + 1 : c.at;
+  __device__ Task task(Share share) const {
+    const Chain &c = chains[share.chain];
+    int number = share.tile, turn = number % (c.n + 1), hop = turn < c.n - c.at ? c.at + 1 : c.at;
     bool pushes = hop > c.at, awaits = hop > 1, raises = hop < c.n;
     Tile tile = tileOf(x.weights, x.nWeights, number);
     const kernelTensor_t &tensor = x.weights[tile.tensor];
@@ -90,12 +145,11 @@ __device__ inline int waitTasks(const WeightsContext &c, const Task &task, bool 
 // Calls copy(n, task, ready) for windows of this worker's tasks: lane i < n holds a task; ready(i) waits
 // until lane i's may begin and returns how many of the first lanes' may, i when the group has failed.
 template <typename Copy>
-__device__ void forTasks(const WeightsContext &c, uint32_t worker, uint32_t nWorkers, int32_t *window,
-                         Copy copy) {
-  TaskWalk walk;
+__device__ void forTasks(const WeightsContext &c, int worker, int nWorkers, Share *window, Copy copy) {
+  TaskWalk walk = {c.chains, c.nChains, c.x.nWeightTiles};
   int lane = threadIdx.x % kWarp, n;
   do {
-    n = walk.take(c.nCandidates(), worker, nWorkers, window, [&](int i) { return c.isTask(i); });
+    n = walk.take(worker, nWorkers, window);
     Task task = {};
     if (lane < n) task = c.task(window[lane]);
     bool isReady = !task.awaited;
@@ -123,7 +177,7 @@ template <typename T> __device__ __forceinline__ T *shuffled(T *pointer, int lan
   return reinterpret_cast<T *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(pointer), lane));
 }
 
-__device__ void copyPortable(const WeightsContext &c, int32_t *windows) {
+__device__ void copyPortable(const WeightsContext &c, Share *windows) {
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, nWarps = blockDim.x / kWarp;
   forTasks(c, blockIdx.x * nWarps + warp, gridDim.x * nWarps, windows + warp * kWarp,
            [&](int n, const Task &task, auto ready) {
@@ -156,7 +210,7 @@ struct Stages {
 };
 
 __device__ void loadTiles(const WeightsContext &c, Stages &s, char *buffers, uint32_t nStages,
-                          int32_t *window) {
+                          Share *window) {
   uint32_t loaded = 0, lane = threadIdx.x % kWarp;
   bulkFence(); // what peers' bulk copies wrote before this call was acquired by ordinary loads
   forTasks(c, blockIdx.x, gridDim.x, window, [&](int n, const Task &task, auto ready) {
@@ -221,7 +275,7 @@ __device__ void storeTiles(Stages &s, const char *buffers, uint32_t nStages, uin
   bulkWaitWritten();
 }
 
-__device__ void copyBulk(const WeightsContext &c, Stages &s, char *buffers, int nStages, int32_t *window) {
+__device__ void copyBulk(const WeightsContext &c, Stages &s, char *buffers, int nStages, Share *window) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < nStages; i++) barrierInit(&s.full[i]);
     barrierInitFence();
@@ -255,7 +309,7 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
     weightsKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                   const __grid_constant__ kernelExperts_t x, int nStages) {
   extern __shared__ __align__(128) char weightsMemory[];
-  __shared__ int32_t windows[kPortableThreads];
+  __shared__ Share windows[kPortableThreads];
   if (route.status->code != kSuccess) return; // alike on every rank
   if (!planHasReplicas(g, route)) {           // alike on every rank too: nobody need meet
     if (blockIdx.x == 0) fillPointers(g, route, x);
