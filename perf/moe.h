@@ -20,7 +20,7 @@
 
 #include "bench_run.h"
 
-enum { MOE_TENSORS = 2, MOE_MAX_LAYERS = 64 };
+enum { MOE_TENSORS = 2, MOE_MAX_LAYERS = 64, MOE_MAX_STREAMS = 4 };
 
 typedef enum { MOE_GEMM_EACH, MOE_GEMM_GROUPED } moeGemmMode_t;
 extern const char *const moeGemmModes[2];
@@ -30,9 +30,12 @@ typedef struct {
   benchOptions_t bench;
   int32_t inter, nLayers;
   int32_t gemm;      /* moeGemmMode_t, CUDA only */
+  int32_t nStreams;  /* of products one by one, CUDA only */
+  int32_t overlap;   /* weights and gradients of replicas move beside products */
   int32_t ideal;     /* workloadIdeal_t */
   int32_t gradsMode; /* ultraepGradsMode_t */
   int32_t gate;
+  int32_t expertCtas;                                   /* of the config */
   double linkBytesPerSecond, rowSeconds, expertSeconds; /* for the gate; 0: the library's */
 } moeOptions_t;
 
@@ -117,10 +120,14 @@ typedef struct {
   /* Takes the time; waits for all that was enqueued, and sets markTimes[0..count) (seconds). */
   int (*mark)(moeRank_t *rank, int32_t index);
   int (*marksRead)(moeRank_t *rank, int32_t count);
-  /* The segments of a layer's route, in this program's memory: asked for, and waited for. */
-  int (*segmentsAsk)(moeRank_t *rank, int32_t layer);
+  /* The segments of a layer's route, in this program's memory: asked for on a stream, and waited for. */
+  int (*segmentsAsk)(moeRank_t *rank, int32_t layer, cudaStream_t stream);
   int (*segmentsTake)(moeRank_t *rank, int32_t layer);
   int (*gemms)(moeRank_t *rank, const moeGemm_t *gemms, int32_t count);
+  /* Between them, what is enqueued on rank->side follows what was enqueued before the first, and runs beside
+   * what follows it until the second. */
+  int (*sideBegin)(moeRank_t *rank);
+  int (*sideEnd)(moeRank_t *rank);
   /* Row r of rows[count][h] times weights[r]. */
   int (*rowsScale)(moeRank_t *rank, uint16_t *rows, const float *weights, int64_t count);
   int (*swiglu)(moeRank_t *rank, const uint16_t *gateUp, uint16_t *act, int64_t count);
@@ -149,6 +156,7 @@ typedef struct {
 struct moeRank {
   benchRank_t *base;
   void *device;                 /* what the operations keep */
+  cudaStream_t side;            /* see sideBegin */
   moeLayer_t *layers;           /* [layers] */
   int64_t ownRows;              /* the most this rank receives */
   uint16_t *rowsOut;            /* symmetric [maxRows][h] Y, then dY */
@@ -241,7 +249,8 @@ void moeRankWork(benchRank_t *base);
 
 /* ---- moe_mlp.c ---- */
 int moeMlpForward(moeRank_t *rank, int32_t layer);
-int moeMlpBackward(moeRank_t *rank, int32_t layer);
+/* weightsUnderWay: with --overlap, beside the first products. */
+int moeMlpBackward(moeRank_t *rank, int32_t layer, bool weightsUnderWay);
 
 /* ---- moe_check.c ---- */
 /* After the last iteration: keeps or compares the results, and finds the sums for the identities. */

@@ -35,10 +35,19 @@ typedef struct {
   float *alpha, *beta;
 } cudaGroups_t;
 
+/* Products that run one after another. The first engine's are those of the rank's stream. */
 typedef struct {
-  const moeCublas_t *cublas;
   cublasHandle_t handle;
   void *workspace;
+  cudaStream_t stream;
+  cudaEvent_t end;
+  double work; /* of the products that it has been given */
+} cudaEngine_t;
+
+typedef struct {
+  const moeCublas_t *cublas;
+  cudaEngine_t engines[MOE_MAX_STREAMS];
+  cudaEvent_t fork, sideFork, sideEnd;
   int32_t nSegments;
   cudaEvent_t *marks;        /* [moe_max_marks] */
   cudaEvent_t *segmentsIn;   /* [layers] the layer's segments are in host memory */
@@ -60,23 +69,55 @@ typedef struct {
 
 /* Threads that share a GPU get their part of it each, or products of several ranks would take turns.
  * Processes get theirs from MPS. */
-static int cuda_share_set(moeRank_t *rank) {
+static int cuda_share_set(moeRank_t *rank, const cudaEngine_t *engine) {
   const cudaRank_t *self = rank->device;
   int sms = 0, sharing = (benchCuda.nLocal + benchCuda.nDevices - 1) / benchCuda.nDevices;
   if (sharing <= 1) return 0;
   BENCH_CUDA(rank->base, cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount,
                                                 benchCudaDevice(rank->base->local)));
-  MOE_CUBLAS(rank, self->cublas->SetSmCountTarget(self->handle, sms / sharing < 1 ? 1 : sms / sharing));
+  MOE_CUBLAS(rank, self->cublas->SetSmCountTarget(engine->handle, sms / sharing < 1 ? 1 : sms / sharing));
   return 0;
 }
 
-static int cuda_handle_make(moeRank_t *rank) {
+static int cuda_engine_make(moeRank_t *rank, cudaEngine_t *engine) {
   cudaRank_t *self = rank->device;
-  MOE_CUBLAS(rank, self->cublas->Create(&self->handle));
-  MOE_CUBLAS(rank, self->cublas->SetStream(self->handle, rank->base->stream));
-  BENCH_CUDA(rank->base, cudaMalloc(&self->workspace, CUDA_WORKSPACE_BYTES));
-  MOE_CUBLAS(rank, self->cublas->SetWorkspace(self->handle, self->workspace, CUDA_WORKSPACE_BYTES));
-  return cuda_share_set(rank);
+  bool first = engine == &self->engines[0];
+  if (!first) BENCH_CUDA(rank->base, cudaStreamCreateWithFlags(&engine->stream, cudaStreamNonBlocking));
+  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&engine->end, cudaEventDisableTiming));
+  MOE_CUBLAS(rank, self->cublas->Create(&engine->handle));
+  MOE_CUBLAS(rank, self->cublas->SetStream(engine->handle, first ? rank->base->stream : engine->stream));
+  BENCH_CUDA(rank->base, cudaMalloc(&engine->workspace, CUDA_WORKSPACE_BYTES));
+  MOE_CUBLAS(rank, self->cublas->SetWorkspace(engine->handle, engine->workspace, CUDA_WORKSPACE_BYTES));
+  return cuda_share_set(rank, engine);
+}
+
+static void cuda_engine_free(const cudaRank_t *self, cudaEngine_t *engine) {
+  if (engine->handle != NULL) self->cublas->Destroy(engine->handle);
+  cudaFree(engine->workspace);
+  if (engine->end != NULL) cudaEventDestroy(engine->end);
+  if (engine->stream != NULL) cudaStreamDestroy(engine->stream);
+}
+
+static int cuda_engines_make(moeRank_t *rank) {
+  cudaRank_t *self = rank->device;
+  for (int32_t i = 0; i < moe_options(rank)->nStreams; i++) {
+    if (cuda_engine_make(rank, &self->engines[i]) != 0) return -1;
+  }
+  BENCH_CUDA(rank->base, cudaStreamCreateWithFlags(&rank->side, cudaStreamNonBlocking));
+  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->fork, cudaEventDisableTiming));
+  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->sideFork, cudaEventDisableTiming));
+  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->sideEnd, cudaEventDisableTiming));
+  return 0;
+}
+
+static void cuda_engines_free(moeRank_t *rank) {
+  cudaRank_t *self = rank->device;
+  const cudaEvent_t events[] = {self->fork, self->sideFork, self->sideEnd};
+  for (int i = 0; i < MOE_MAX_STREAMS; i++) cuda_engine_free(self, &self->engines[i]);
+  for (size_t i = 0; i < sizeof(events) / sizeof(events[0]); i++) {
+    if (events[i] != NULL) cudaEventDestroy(events[i]);
+  }
+  if (rank->side != NULL) cudaStreamDestroy(rank->side);
 }
 
 static int cuda_events_make(moeRank_t *rank) {
@@ -135,7 +176,7 @@ static int cuda_open(moeRank_t *rank) {
   self->nSegments = moe_experts_per_rank(rank) + moe_options(rank)->bench.nSlots;
   if (moeCublasOpen(&self->cublas, &error) != 0) return benchRankFail(rank->base, "%s", error.text);
   BENCH_CUDA(rank->base, moeKernelsLoad());
-  if (cuda_handle_make(rank) != 0 || cuda_events_make(rank) != 0 || cuda_words_make(rank) != 0) return -1;
+  if (cuda_engines_make(rank) != 0 || cuda_events_make(rank) != 0 || cuda_words_make(rank) != 0) return -1;
   return cuda_groups_make(rank);
 }
 
@@ -157,8 +198,7 @@ static void cuda_close(moeRank_t *rank) {
   for (int32_t i = 0; self->segmentsIn != NULL && i < moe_options(rank)->nLayers; i++) {
     if (self->segmentsIn[i] != NULL) cudaEventDestroy(self->segmentsIn[i]);
   }
-  if (self->handle != NULL) self->cublas->Destroy(self->handle);
-  cudaFree(self->workspace);
+  cuda_engines_free(rank);
   cudaFree(self->deviceAddresses);
   cudaFreeHost(self->words);
   cudaFreeHost(self->addresses);
@@ -190,7 +230,7 @@ static int cuda_marks_read(moeRank_t *rank, int32_t count) {
 
 /* ---- segments ---- */
 
-static int cuda_segments_ask(moeRank_t *rank, int32_t index) {
+static int cuda_segments_ask(moeRank_t *rank, int32_t index, cudaStream_t stream) {
   const cudaRank_t *self = rank->device;
   uint64_t *words = self->words + (size_t)index * cuda_layer_words(self);
   ultraepSegments_t segments;
@@ -209,8 +249,8 @@ static int cuda_segments_ask(moeRank_t *rank, int32_t index) {
     arrays.arrays[CUDA_WEIGHTS + t] = segments.weights[t];
     arrays.arrays[CUDA_GRADS + t] = segments.grads[t];
   }
-  BENCH_CUDA(rank->base, moeKernelGather(&arrays, words, rank->base->stream));
-  BENCH_CUDA(rank->base, cudaEventRecord(self->segmentsIn[index], rank->base->stream));
+  BENCH_CUDA(rank->base, moeKernelGather(&arrays, words, stream));
+  BENCH_CUDA(rank->base, cudaEventRecord(self->segmentsIn[index], stream));
   return 0;
 }
 
@@ -251,10 +291,10 @@ static int cuda_a_stride(const moeGemm_t *gemm) {
   return (int)(gemm->aTransposed ? gemm->m : gemm->k);
 }
 
-static int cuda_gemm_run(moeRank_t *rank, const moeGemm_t *gemm) {
+static int cuda_gemm_run(moeRank_t *rank, const cudaEngine_t *engine, const moeGemm_t *gemm) {
   const cudaRank_t *self = rank->device;
   float alpha = 1, beta = gemm->accumulate ? 1 : 0;
-  MOE_CUBLAS(rank, self->cublas->GemmEx(self->handle, cuda_b_op(gemm), cuda_a_op(gemm), (int)gemm->n,
+  MOE_CUBLAS(rank, self->cublas->GemmEx(engine->handle, cuda_b_op(gemm), cuda_a_op(gemm), (int)gemm->n,
                                         (int)gemm->m, (int)gemm->k, &alpha, gemm->b, CUDA_R_16BF,
                                         cuda_b_stride(gemm), gemm->a, CUDA_R_16BF, cuda_a_stride(gemm), &beta,
                                         gemm->c, gemm->accumulate ? CUDA_R_32F : CUDA_R_16BF, (int)gemm->n,
@@ -286,21 +326,56 @@ static int cuda_groups_run(moeRank_t *rank, const moeGemm_t *gemms, int32_t coun
     addresses[2 * count + i] = (uintptr_t)gemm->c;
   }
   BENCH_CUDA(rank->base, moeKernelGather(&arrays, to, rank->base->stream));
-  MOE_CUBLAS(rank,
-             self->cublas->GemmGroupedBatchedEx(
-                 self->handle, groups->bOps, groups->aOps, groups->n, groups->m, groups->k, groups->alpha,
-                 (const void *const *)to, CUDA_R_16BF, groups->ldb, (const void *const *)(to + count),
-                 CUDA_R_16BF, groups->lda, groups->beta, (void *const *)(to + 2 * count), CUDA_R_16BF,
-                 groups->ldc, count, groups->sizes, CUBLAS_COMPUTE_32F));
+  MOE_CUBLAS(rank, self->cublas->GemmGroupedBatchedEx(
+                       self->engines[0].handle, groups->bOps, groups->aOps, groups->n, groups->m, groups->k,
+                       groups->alpha, (const void *const *)to, CUDA_R_16BF, groups->ldb,
+                       (const void *const *)(to + count), CUDA_R_16BF, groups->lda, groups->beta,
+                       (void *const *)(to + 2 * count), CUDA_R_16BF, groups->ldc, count, groups->sizes,
+                       CUBLAS_COMPUTE_32F));
+  return 0;
+}
+
+/* Products one by one, each on the stream that has least to do so far. */
+static int cuda_gemms_spread(moeRank_t *rank, const moeGemm_t *gemms, int32_t count, int32_t nStreams) {
+  cudaRank_t *self = rank->device;
+  if (nStreams > count) nStreams = count;
+  if (nStreams > 1) BENCH_CUDA(rank->base, cudaEventRecord(self->fork, rank->base->stream));
+  for (int32_t i = 0; i < nStreams; i++) {
+    self->engines[i].work = 0;
+    if (i > 0) BENCH_CUDA(rank->base, cudaStreamWaitEvent(self->engines[i].stream, self->fork, 0));
+  }
+  for (int32_t i = 0; i < count; i++) {
+    cudaEngine_t *engine = &self->engines[0];
+    for (int32_t j = 1; j < nStreams; j++) {
+      if (self->engines[j].work < engine->work) engine = &self->engines[j];
+    }
+    engine->work += (double)gemms[i].m * (double)gemms[i].n * (double)gemms[i].k;
+    if (cuda_gemm_run(rank, engine, &gemms[i]) != 0) return -1;
+  }
+  for (int32_t i = 1; i < nStreams; i++) {
+    BENCH_CUDA(rank->base, cudaEventRecord(self->engines[i].end, self->engines[i].stream));
+    BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->base->stream, self->engines[i].end, 0));
+  }
   return 0;
 }
 
 static int cuda_gemms(moeRank_t *rank, const moeGemm_t *gemms, int32_t count) {
   if (moe_options(rank)->gemm == MOE_GEMM_GROUPED && !gemms[0].accumulate)
     return cuda_groups_run(rank, gemms, count);
-  for (int32_t i = 0; i < count; i++) {
-    if (cuda_gemm_run(rank, &gemms[i]) != 0) return -1;
-  }
+  return cuda_gemms_spread(rank, gemms, count, moe_options(rank)->nStreams);
+}
+
+static int cuda_side_begin(moeRank_t *rank) {
+  const cudaRank_t *self = rank->device;
+  BENCH_CUDA(rank->base, cudaEventRecord(self->sideFork, rank->base->stream));
+  BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->side, self->sideFork, 0));
+  return 0;
+}
+
+static int cuda_side_end(moeRank_t *rank) {
+  const cudaRank_t *self = rank->device;
+  BENCH_CUDA(rank->base, cudaEventRecord(self->sideEnd, rank->side));
+  BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->base->stream, self->sideEnd, 0));
   return 0;
 }
 
@@ -342,6 +417,8 @@ const moeOps_t moeCudaOps = {.open = cuda_open,
                              .segmentsAsk = cuda_segments_ask,
                              .segmentsTake = cuda_segments_take,
                              .gemms = cuda_gemms,
+                             .sideBegin = cuda_side_begin,
+                             .sideEnd = cuda_side_end,
                              .rowsScale = cuda_rows_scale,
                              .swiglu = cuda_swiglu,
                              .swigluBack = cuda_swiglu_back,

@@ -128,7 +128,8 @@ static int host_marks_read(moeRank_t *rank, int32_t count) {
   return 0;
 }
 
-static int host_segments_ask(moeRank_t *rank, int32_t layer) {
+static int host_segments_ask(moeRank_t *rank, int32_t layer, cudaStream_t stream) {
+  (void)stream;
   BENCH_CALL(rank->base, ultraepRouteSegments(rank->layers[layer].route, &rank->layers[layer].segments));
   return 0;
 }
@@ -136,6 +137,12 @@ static int host_segments_ask(moeRank_t *rank, int32_t layer) {
 static int host_segments_take(moeRank_t *rank, int32_t layer) {
   (void)rank;
   (void)layer;
+  return 0;
+}
+
+/* What is called is done at once. */
+static int host_side(moeRank_t *rank) {
+  (void)rank;
   return 0;
 }
 
@@ -147,6 +154,8 @@ const moeOps_t moeHostOps = {.open = host_open,
                              .segmentsAsk = host_segments_ask,
                              .segmentsTake = host_segments_take,
                              .gemms = host_gemms,
+                             .sideBegin = host_side,
+                             .sideEnd = host_side,
                              .rowsScale = host_rows_scale,
                              .swiglu = host_swiglu,
                              .swigluBack = host_swiglu_back};

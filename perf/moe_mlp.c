@@ -10,14 +10,15 @@ typedef enum {
   MLP_ROWS_GRAD
 } mlpProduct_t;
 
-/* A segment's weights and gradients. Without replicas there is no synchronisation that would name them. */
+/* A segment's weights and gradients: the masters' as registered, the replicas' as the synchronisation of
+ * weights has named them. */
 static const uint16_t *mlp_weights(const moeRank_t *rank, const moeLayer_t *layer, int tensor,
                                    int32_t segment) {
-  if (rank->base->run->balance) return layer->segments.weights[tensor][segment];
+  if (segment >= moe_experts_per_rank(rank)) return layer->segments.weights[tensor][segment];
   return layer->weights[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
 }
 static float *mlp_grads(const moeRank_t *rank, const moeLayer_t *layer, int tensor, int32_t segment) {
-  if (rank->base->run->balance) return layer->segments.grads[tensor][segment];
+  if (segment >= moe_experts_per_rank(rank)) return layer->segments.grads[tensor][segment];
   return layer->grads[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
 }
 
@@ -62,12 +63,33 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   }
 }
 
-static int mlp_products_run(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product) {
+/* Of segments first..end-1. */
+static int mlp_products_of(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product, int32_t first,
+                           int32_t end) {
   int32_t count = 0;
-  for (int32_t s = 0; s < layer->segments.nSegments; s++) {
+  for (int32_t s = first; s < end; s++) {
     if (layer->segments.rows[s] > 0) rank->gemms[count++] = mlp_product_make(rank, layer, product, s);
   }
   return count == 0 ? 0 : moe_run(rank)->ops->gemms(rank, rank->gemms, count);
+}
+static int mlp_products_run(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product) {
+  return mlp_products_of(rank, layer, product, 0, layer->segments.nSegments);
+}
+
+/* Whether replicas' weights and gradients move beside the products. */
+static bool mlp_overlaps(const moeRank_t *rank) {
+  return rank->base->run->balance && moe_options(rank)->overlap;
+}
+
+/* The first products of a pass. Where the replicas' weights are under way: the masters', and then theirs. */
+static int mlp_products_first(moeRank_t *rank, int32_t index, mlpProduct_t product, bool underWay) {
+  const moeOps_t *ops = moe_run(rank)->ops;
+  const moeLayer_t *layer = &rank->layers[index];
+  int32_t nMasters = moe_experts_per_rank(rank);
+  if (!underWay) return mlp_products_run(rank, layer, product);
+  if (mlp_products_of(rank, layer, product, 0, nMasters) != 0) return -1;
+  if (ops->sideEnd(rank) != 0 || ops->segmentsTake(rank, index) != 0) return -1;
+  return mlp_products_of(rank, layer, product, nMasters, layer->segments.nSegments);
 }
 
 /* Element-wise steps go over all rows in use, padding included. */
@@ -75,19 +97,23 @@ int moeMlpForward(moeRank_t *rank, int32_t index) {
   const moeOps_t *ops = moe_run(rank)->ops;
   moeLayer_t *layer = &rank->layers[index];
   int64_t rows = layer->segments.totalRows[0];
-  if (mlp_products_run(rank, layer, MLP_GATE_UP) != 0) return -1;
+  if (mlp_products_first(rank, index, MLP_GATE_UP, mlp_overlaps(rank)) != 0) return -1;
   if (ops->swiglu(rank, layer->gateUp, layer->act, rows) != 0) return -1;
   return mlp_products_run(rank, layer, MLP_DOWN);
 }
 
-int moeMlpBackward(moeRank_t *rank, int32_t index) {
+int moeMlpBackward(moeRank_t *rank, int32_t index, bool underWay) {
   const moeOps_t *ops = moe_run(rank)->ops;
   moeLayer_t *layer = &rank->layers[index];
   int64_t rows = layer->segments.totalRows[0];
   if (ops->rowsScale(rank, rank->rowsOut, layer->rowWeights, rows) != 0) return -1;
-  if (mlp_products_run(rank, layer, MLP_ACT_GRAD) != 0) return -1;
+  if (mlp_products_first(rank, index, MLP_ACT_GRAD, underWay && mlp_overlaps(rank)) != 0) return -1;
   if (mlp_products_run(rank, layer, MLP_DOWN_GRAD) != 0) return -1;
   if (ops->swigluBack(rank, layer->gateUp, rank->actGrad, rows) != 0) return -1;
   if (mlp_products_run(rank, layer, MLP_GATE_UP_GRAD) != 0) return -1;
-  return mlp_products_run(rank, layer, MLP_ROWS_GRAD);
+  if (!mlp_overlaps(rank)) return mlp_products_run(rank, layer, MLP_ROWS_GRAD);
+  if (ops->sideBegin(rank) != 0) return -1;
+  BENCH_CALL(rank->base, ultraepGradsReduce(layer->route, index, rank->side));
+  if (mlp_products_run(rank, layer, MLP_ROWS_GRAD) != 0) return -1;
+  return ops->sideEnd(rank);
 }

@@ -9,6 +9,9 @@ enum {
   KEY_INTER = KEY_OWN,
   KEY_LAYERS,
   KEY_GEMM,
+  KEY_STREAMS,
+  KEY_OVERLAP,
+  KEY_EXPERT_CTAS,
   KEY_GRADS,
   KEY_IDEAL,
   KEY_GATE,
@@ -58,6 +61,11 @@ static const char moeDoc[] =
     "each expert once a layer, while dispatch runs; all three runs do. Fill, reading and checks are not "
     "timed, "
     "nor is the clearing of the gradients.\n\n"
+    "--overlap 1: weights go on a second stream while the masters' first products run, and gradients while "
+    "the "
+    "last products do (of input gradients); both then count in mlp and mlp.b. --expert-ctas leaves SMs to "
+    "the "
+    "products.\n\n"
     "--gate 1: the library keeps only replicas that save more time than their weights and gradients cost to "
     "move. A line under the balanced one says what it weighed; the run then has room for as many rows as the "
     "unbalanced one.\n\n"
@@ -85,6 +93,12 @@ static const struct argp_option moeOptionTable[] = {
      "Time that a row costs its rank, forward and backward, for the gate (the library's)", 3},
     {"grads", KEY_GRADS, "ordered|unordered", 0, "Order in which replicas' gradients are added (ordered)", 2},
     {"gemm", KEY_GEMM, "each|grouped", 0, "How cuBLAS multiplies (each)", 4},
+    {"streams", KEY_STREAMS, "N", 0, "Products of different experts at a time, with --gemm each (1)", 4},
+    {"overlap", KEY_OVERLAP, "0|1", 0,
+     "Move the weights of replicas beside the masters' products, and their gradients beside the last ones "
+     "(0)",
+     4},
+    {"expert-ctas", KEY_EXPERT_CTAS, "N", 0, "Most SMs that move weights and gradients, 0: as --ctas (0)", 4},
     {0}};
 
 static int moe_option_apply(int key, const char *text, moeOptions_t *options, perfError_t *error) {
@@ -97,6 +111,12 @@ static int moe_option_apply(int key, const char *text, moeOptions_t *options, pe
     return optionInt32("--layers", text, 1, MOE_MAX_LAYERS, &options->nLayers, error);
   case KEY_GEMM:
     return optionName("--gemm", text, moeGemmModes, 2, &options->gemm, error);
+  case KEY_STREAMS:
+    return optionInt32("--streams", text, 1, MOE_MAX_STREAMS, &options->nStreams, error);
+  case KEY_OVERLAP:
+    return optionInt32("--overlap", text, 0, 1, &options->overlap, error);
+  case KEY_EXPERT_CTAS:
+    return optionInt32("--expert-ctas", text, 0, 1024, &options->expertCtas, error);
   case KEY_GRADS:
     return optionName("--grads", text, moeGradsModes, 2, &options->gradsMode, error);
   case KEY_IDEAL:
@@ -130,7 +150,10 @@ static int moe_options_finish(moeOptions_t *options, perfError_t *error) {
   if (options->inter == 0) options->inter = host ? 128 : 2048;
   if (bench->warmupIters < 1) return perfErrorSet(error, "--warmup_iters: at least one");
   if (options->inter % 16 != 0) return perfErrorSet(error, "--inter must be a multiple of 16");
-  if (host && options->gemm != MOE_GEMM_EACH) return perfErrorSet(error, "--gemm needs -B cuda");
+  if (host && (options->gemm != MOE_GEMM_EACH || options->nStreams > 1))
+    return perfErrorSet(error, "--gemm and --streams need -B cuda");
+  if (options->gemm != MOE_GEMM_EACH && options->nStreams > 1)
+    return perfErrorSet(error, "--streams needs --gemm each");
   if (!options->gate &&
       (options->linkBytesPerSecond > 0 || options->rowSeconds > 0 || options->expertSeconds > 0))
     return perfErrorSet(error, "--link-gbps, --row-us and --expert-us need --gate 1");
@@ -154,7 +177,7 @@ static error_t moe_option_parse(int key, char *text, struct argp_state *state) {
 
 void moeOptionsParse(moeOptions_t *options, int argc, char **argv) {
   static const struct argp parser = {moeOptionTable, moe_option_parse, NULL, moeDoc, NULL, NULL, NULL};
-  *options = (moeOptions_t){.bench = benchOptionsDefault(), .nLayers = 1};
+  *options = (moeOptions_t){.bench = benchOptionsDefault(), .nLayers = 1, .nStreams = 1};
   options->bench.hidden = 0;
   options->bench.iters = 0;
   options->bench.warmupIters = 2;

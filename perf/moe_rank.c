@@ -20,11 +20,24 @@ static int moe_phase_begin(moeRank_t *rank, moePhase_t phase) {
   return run->ops->mark(rank, rank->nMarks++);
 }
 
+static bool moe_overlaps(const moeRank_t *rank) {
+  return rank->base->run->balance && moe_options(rank)->overlap;
+}
+
+/* Before what reads them; with --overlap they come by moe_weights_beside. */
 static int moe_weights_sync(moeRank_t *rank, int32_t index) {
-  if (!rank->base->run->balance) return 0;
+  if (!rank->base->run->balance || moe_overlaps(rank)) return 0;
   if (moe_phase_begin(rank, MOE_WEIGHTS) != 0) return -1;
   BENCH_CALL(rank->base, ultraepWeightsSync(rank->layers[index].route, index, rank->base->stream));
   return 0;
+}
+
+/* Beside what follows, until the side ends. */
+static int moe_weights_beside(moeRank_t *rank, int32_t index) {
+  const moeOps_t *ops = moe_run(rank)->ops;
+  if (ops->sideBegin(rank) != 0) return -1;
+  BENCH_CALL(rank->base, ultraepWeightsSync(rank->layers[index].route, index, rank->side));
+  return ops->segmentsAsk(rank, index, rank->side);
 }
 
 static int moe_route_update(moeRank_t *rank, int32_t index) {
@@ -63,9 +76,10 @@ static int moe_segments_take(moeRank_t *rank, int32_t index) {
 static int moe_layer_forward(moeRank_t *rank, int32_t index, const uint16_t *in, uint16_t *out) {
   const moeOps_t *ops = moe_run(rank)->ops;
   if (moe_phase_begin(rank, MOE_ROUTE) != 0 || moe_route_update(rank, index) != 0) return -1;
-  if (moe_weights_sync(rank, index) != 0 || ops->segmentsAsk(rank, index) != 0) return -1;
+  if (moe_weights_sync(rank, index) != 0 || ops->segmentsAsk(rank, index, rank->base->stream) != 0) return -1;
   if (moe_phase_begin(rank, MOE_DISPATCH) != 0 || moe_dispatch(rank, index, in) != 0) return -1;
   if (moe_phase_begin(rank, MOE_MLP) != 0 || moe_segments_take(rank, index) != 0) return -1;
+  if (moe_overlaps(rank) && moe_weights_beside(rank, index) != 0) return -1;
   if (moeMlpForward(rank, index) != 0 || moe_phase_begin(rank, MOE_COMBINE) != 0) return -1;
   return moe_exchange(rank, index, rank->rowsOut, out, ULTRAEP_COMBINE);
 }
@@ -77,11 +91,13 @@ static int moe_layer_backward(moeRank_t *rank, int32_t index, const uint16_t *ou
   if (moe_phase_begin(rank, MOE_DISPATCH_BACK) != 0 ||
       moe_exchange(rank, index, outGrad, rank->rowsOut, ULTRAEP_DISPATCH) != 0)
     return -1;
-  if (moe_phase_begin(rank, MOE_MLP_BACK) != 0 || moeMlpBackward(rank, index) != 0) return -1;
+  if (moe_phase_begin(rank, MOE_MLP_BACK) != 0) return -1;
+  if (!last && moe_overlaps(rank) && moe_weights_beside(rank, index) != 0) return -1;
+  if (moeMlpBackward(rank, index, !last) != 0) return -1;
   if (moe_phase_begin(rank, MOE_COMBINE_BACK) != 0 ||
       moe_exchange(rank, index, rank->layers[index].rows, inGrad, ULTRAEP_COMBINE_SUM) != 0)
     return -1;
-  if (!rank->base->run->balance) return 0;
+  if (!rank->base->run->balance || moe_overlaps(rank)) return 0;
   if (moe_phase_begin(rank, MOE_GRADS) != 0) return -1;
   BENCH_CALL(rank->base, ultraepGradsReduce(rank->layers[index].route, index, rank->base->stream));
   return 0;

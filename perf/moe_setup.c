@@ -193,6 +193,7 @@ int moeRankOpenGroup(moeRank_t *rank) {
   config.rowSeconds = options->rowSeconds;
   config.expertSeconds = options->expertSeconds;
   config.gradsMode = options->gradsMode;
+  config.expertCtas = options->expertCtas;
   ultraepResult_t created = run->ops->groupCreate(rank->base, &config);
   if (created != ultraepSuccess) return benchRankFailCall(rank->base, "making the group", created);
   moe_symmetric_lay(rank, &symmetric);

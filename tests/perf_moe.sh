@@ -31,6 +31,7 @@ runs 1 "${small[@]}" --slots 1 --skew 1.5
 runs 1 "${small[@]}" --slots 4 --align 16 --mode once
 runs 1 "${small[@]}" --slots 0
 runs 1 "${small[@]}" --layers 3
+runs 1 "${small[@]}" --layers 3 --overlap 1 --expert-ctas 4
 runs 1 "${small[@]}" --domain 2 --tolerance 0.2 --mode direct
 runs 1 "${small[@]}" --gate 1
 grep -q '^#   gate, .*: kept [0-9a-z]* of\|^#   gate, .*: kept' out || fail "--gate 1 must say what it weighed"
@@ -55,6 +56,8 @@ awk '$1 == "unbalanced" && ($2 < 2.5 || $3 != $2) { exit 1 } $1 == "balanced" &&
 runs 1 -t 8 --experts 32 --topk 4 --tokens 100 --skew 3 --ideal random
 awk '$1 == "ideal" && ($2 <= 1.01 || $2 > 1.5 || $3 != $2 || $4 != 0) { exit 1 }' out || fail "random: $(grep -v '^#' out)"
 status 2 "$moe" --ideal odd
+status 2 "$moe" --streams 2
+status 2 "$moe" --overlap 2
 
 # A load trace and a routing trace with unused entries.
 awk 'BEGIN {

@@ -25,6 +25,8 @@ runs() {
 runs
 runs --gemm grouped
 runs --layers 3
+runs --layers 3 --overlap 1 --streams 3 --ctas 8 --expert-ctas 4
+runs --overlap 1 --gemm grouped
 runs --layers 2 --gemm grouped --align 16
 runs -t 2 --slots 1 --mode once
 runs --combine partial --mode direct
