@@ -18,17 +18,22 @@ typedef struct {
 
 typedef struct {
   char name[64], uuid[48];
-  int32_t sms;
+  int32_t sms, major, minor; /* compute capability 9.0: 9 and 0 */
 } linksGpu_t;
+
+/* How a kernel copies: on the sender, storing to the receiver's memory, or on the receiver, loading from the
+ * sender's; plain, each thread 16 bytes at a time, or by bulk copies. Within one GPU LINKS_STORE and
+ * LINKS_STORE_BULK. */
+typedef enum { LINKS_STORE, LINKS_STORE_BULK, LINKS_LOAD, LINKS_LOAD_BULK, LINKS_WAYS } linksWay_t;
 
 /* Bytes a second from one GPU to another; within one GPU bytes read and written. 0: not measured. */
 typedef struct {
-  bool reachable;                  /* kernels can use the other GPU's memory */
-  double copy;                     /* by the copy engines */
-  double both;                     /* while they copy as much the other way */
-  double store[LINKS_MAX_BUDGETS]; /* by a kernel of the sender, which stores to the receiver */
-  double load[LINKS_MAX_BUDGETS];  /* by a kernel of the receiver, which loads from the sender */
-  double flagUs;                   /* to the other GPU and back */
+  bool reachable; /* kernels can use the other GPU's memory */
+  double copy;    /* by the copy engines */
+  double both;    /* while they copy as much the other way */
+  double kernel[LINKS_WAYS][LINKS_MAX_BUDGETS];
+  double kernelBoth[LINKS_WAYS][LINKS_MAX_BUDGETS]; /* while as many blocks copy as much the other way */
+  double flagUs;                                    /* to the other GPU and back */
 } linksPair_t;
 
 typedef struct {
@@ -36,6 +41,11 @@ typedef struct {
   linksGpu_t gpus[LINKS_MAX_GPUS];
   linksPair_t pairs[LINKS_MAX_GPUS][LINKS_MAX_GPUS]; /* [from][to] */
 } linksFigures_t;
+
+/* links_report.c. What keeps the time modest with more than two GPUs: timed copies of each kind by a kernel,
+ * and between which GPUs kernels copy both ways at once. */
+int32_t linksKernelRounds(const linksOptions_t *options, int32_t nGpus);
+bool linksKernelBoth(int32_t nGpus, int32_t from, int32_t to);
 
 /* links_cuda.c. Fills in GPUs and versions; fails where no GPU can be used. */
 int linksFind(const linksOptions_t *options, linksFigures_t *figures, perfError_t *error);

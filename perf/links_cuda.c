@@ -9,7 +9,10 @@
 /* What is kept on one GPU. */
 typedef struct {
   int device;
+  int32_t sms;
+  int32_t nStages;    /* of bulk copies; 0: it has none */
   uint8_t *from, *to; /* [bytes] */
+  unsigned long long *nWrong;
   uint64_t *flag;
   linksFlagResult_t *result;
   cudaStream_t stream;
@@ -31,6 +34,8 @@ static void links_gpu_describe(const struct cudaDeviceProp *properties, linksGpu
            "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", u[0], u[1], u[2], u[3],
            u[4], u[5], u[6], u[7], u[8], u[9], u[10], u[11], u[12], u[13], u[14], u[15]);
   gpu->sms = properties->multiProcessorCount;
+  gpu->major = properties->major;
+  gpu->minor = properties->minor;
 }
 
 int linksFind(const linksOptions_t *options, linksFigures_t *figures, perfError_t *error) {
@@ -61,13 +66,14 @@ static int links_device_open(linksDevice_t *device, const linksOptions_t *option
   PERF_CUDA(error, cudaStreamCreateWithFlags(&device->stream, cudaStreamNonBlocking));
   PERF_CUDA(error, cudaMalloc((void **)&device->from, bytes));
   PERF_CUDA(error, cudaMalloc((void **)&device->to, bytes));
+  PERF_CUDA(error, cudaMalloc((void **)&device->nWrong, sizeof(*device->nWrong)));
   PERF_CUDA(error, cudaMalloc((void **)&device->flag, sizeof(*device->flag)));
   PERF_CUDA(error, cudaMalloc((void **)&device->result, sizeof(*device->result)));
   for (int32_t i = 0; i <= options->rounds; i++) PERF_CUDA(error, cudaEventCreate(&device->events[i]));
-  PERF_CUDA(error, cudaMemsetAsync(device->from, 1, bytes, device->stream));
-  PERF_CUDA(error, cudaMemsetAsync(device->to, 2, bytes, device->stream));
+  PERF_CUDA(error, linksKernelsLoad(&device->nStages));
+  PERF_CUDA(error,
+            linksKernelFill(device->from, options->bytes, device->device, device->sms, device->stream));
   PERF_CUDA(error, cudaStreamSynchronize(device->stream));
-  PERF_CUDA(error, linksKernelsLoad());
   return 0;
 }
 
@@ -98,21 +104,32 @@ typedef struct {
   const linksDevice_t *runs; /* whose stream, events and SMs */
   const linksDevice_t *from, *to;
   int32_t blocks; /* of a kernel; 0: the copy engines */
+  bool isBulk;
+  int32_t rounds;
 } linksCopy_t;
 
 static cudaError_t links_copy_enqueue(const linksCopy_t *copy, int64_t bytes) {
   cudaStream_t stream = copy->runs->stream;
-  if (copy->blocks > 0) return linksKernelCopy(copy->to->to, copy->from->from, bytes, copy->blocks, stream);
+  uint8_t *to = copy->to->to, *from = copy->from->from;
+  if (copy->isBulk) return linksKernelCopyBulk(to, from, bytes, copy->blocks, copy->runs->nStages, stream);
+  if (copy->blocks > 0) return linksKernelCopy(to, from, bytes, copy->blocks, stream);
   if (copy->from == copy->to)
-    return cudaMemcpyAsync(copy->to->to, copy->from->from, (size_t)bytes, cudaMemcpyDeviceToDevice, stream);
-  return cudaMemcpyPeerAsync(copy->to->to, copy->to->device, copy->from->from, copy->from->device,
-                             (size_t)bytes, stream);
+    return cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDeviceToDevice, stream);
+  return cudaMemcpyPeerAsync(to, copy->to->device, from, copy->from->device, (size_t)bytes, stream);
+}
+
+/* So that nothing is left of an earlier copy. */
+static int links_copy_clear(const links_t *links, const linksCopy_t *copy, perfError_t *error) {
+  PERF_CUDA(error, cudaSetDevice(copy->to->device));
+  PERF_CUDA(error, cudaMemsetAsync(copy->to->to, 0, (size_t)links->options->bytes, copy->to->stream));
+  PERF_CUDA(error, cudaStreamSynchronize(copy->to->stream));
+  return 0;
 }
 
 /* An untimed copy, then the timed ones. */
 static int links_copies_enqueue(const links_t *links, const linksCopy_t *copy, perfError_t *error) {
   PERF_CUDA(error, cudaSetDevice(copy->runs->device));
-  for (int32_t i = 0; i <= links->options->rounds; i++) {
+  for (int32_t i = 0; i <= copy->rounds; i++) {
     PERF_CUDA(error, links_copy_enqueue(copy, links->options->bytes));
     PERF_CUDA(error, cudaEventRecord(copy->runs->events[i], copy->runs->stream));
   }
@@ -124,42 +141,83 @@ static int links_copies_read(const links_t *links, const linksCopy_t *copy, doub
   double moved = (copy->from == copy->to ? 2.0 : 1.0) * (double)links->options->bytes;
   float ms = 0;
   PERF_CUDA(error, cudaStreamSynchronize(copy->runs->stream));
-  for (int32_t i = 0; i < links->options->rounds; i++) {
+  for (int32_t i = 0; i < copy->rounds; i++) {
     PERF_CUDA(error, cudaEventElapsedTime(&ms, copy->runs->events[i], copy->runs->events[i + 1]));
     links->seconds[i] = ms / 1e3;
   }
-  double median = perfMedian(links->seconds, links->options->rounds);
+  double median = perfMedian(links->seconds, copy->rounds);
   *rate = median > 0 ? moved / median : 0;
   return 0;
 }
 
-static int links_copies_time(const links_t *links, const linksCopy_t *copy, double *rate,
+/* All that arrived, on the GPU where it did. */
+static int links_copy_check(const links_t *links, const linksCopy_t *copy, perfError_t *error) {
+  const linksDevice_t *to = copy->to;
+  int64_t bytes = links->options->bytes;
+  unsigned long long nWrong = 0;
+  char kind[64] = "the copy engines";
+  PERF_CUDA(error, cudaSetDevice(to->device));
+  PERF_CUDA(error, cudaMemsetAsync(to->nWrong, 0, sizeof(*to->nWrong), to->stream));
+  PERF_CUDA(error, linksKernelCheck(to->to, bytes, copy->from->device, to->sms, to->nWrong, to->stream));
+  PERF_CUDA(error, cudaStreamSynchronize(to->stream));
+  PERF_CUDA(error, cudaMemcpy(&nWrong, to->nWrong, sizeof(nWrong), cudaMemcpyDeviceToHost));
+  if (nWrong == 0) return 0;
+  if (copy->blocks > 0)
+    snprintf(kind, sizeof(kind), "%s %s of %d blocks", copy->isBulk ? "bulk" : "plain",
+             copy->runs == copy->from ? "stores" : "loads", copy->blocks);
+  return perfErrorSet(error, "copy from GPU %d to %d by %s: of %lld bytes %llu differ from the source",
+                      copy->from->device, to->device, kind, (long long)bytes, 16 * nWrong);
+}
+
+/* One copy, or two at once, which then lie side by side but for the first and the last. */
+static int links_copies_time(const links_t *links, const linksCopy_t *copies, int n, double *const rates[],
                              perfError_t *error) {
-  if (links_copies_enqueue(links, copy, error) != 0) return -1;
-  return links_copies_read(links, copy, rate, error);
+  for (int i = 0; i < n; i++)
+    if (links_copy_clear(links, &copies[i], error) != 0) return -1;
+  for (int i = 0; i < n; i++)
+    if (links_copies_enqueue(links, &copies[i], error) != 0) return -1;
+  for (int i = 0; i < n; i++)
+    if (links_copies_read(links, &copies[i], rates[i], error) != 0) return -1;
+  for (int i = 0; i < n; i++)
+    if (links_copy_check(links, &copies[i], error) != 0) return -1;
+  return 0;
 }
 
-/* Both directions at once: the copies of each side lie side by side but for the first and the last. */
-static int links_both_time(const links_t *links, linksFigures_t *figures, int32_t from, int32_t to,
-                           perfError_t *error) {
-  const linksDevice_t *a = &links->devices[from], *b = &links->devices[to];
-  const linksCopy_t there = {.runs = a, .from = a, .to = b}, back = {.runs = b, .from = b, .to = a};
-  if (links_copies_enqueue(links, &there, error) != 0) return -1;
-  if (links_copies_enqueue(links, &back, error) != 0) return -1;
-  if (links_copies_read(links, &there, &figures->pairs[from][to].both, error) != 0) return -1;
-  return links_copies_read(links, &back, &figures->pairs[to][from].both, error);
-}
-
-static int links_kernels_time(const links_t *links, linksPair_t *pair, int32_t from, int32_t to,
+static int links_engines_time(const links_t *links, linksFigures_t *figures, int32_t from, int32_t to,
                               perfError_t *error) {
   const linksDevice_t *a = &links->devices[from], *b = &links->devices[to];
-  for (int32_t i = 0; i < links->options->nBudgets; i++) {
-    linksCopy_t copy = {.runs = a, .from = a, .to = b, .blocks = links->options->budgets[i]};
-    if (links_copies_time(links, &copy, &pair->store[i], error) != 0) return -1;
-    copy.runs = b;
-    if (from != to && links_copies_time(links, &copy, &pair->load[i], error) != 0) return -1;
-  }
-  return 0;
+  linksPair_t *there = &figures->pairs[from][to], *back = &figures->pairs[to][from];
+  const linksCopy_t copies[2] = {{.runs = a, .from = a, .to = b, .rounds = links->options->rounds},
+                                 {.runs = b, .from = b, .to = a, .rounds = links->options->rounds}};
+  if (links_copies_time(links, copies, 1, (double *[]){&there->copy}, error) != 0) return -1;
+  if (from >= to) return 0;
+  return links_copies_time(links, copies, 2, (double *[]){&there->both, &back->both}, error);
+}
+
+/* By kernels of budgets[budget] blocks: one direction, then both at once. */
+static int links_kernels_time(const links_t *links, linksFigures_t *figures, int32_t from, int32_t to,
+                              linksWay_t way, int32_t budget, perfError_t *error) {
+  const linksDevice_t *a = &links->devices[from], *b = &links->devices[to];
+  linksPair_t *there = &figures->pairs[from][to], *back = &figures->pairs[to][from];
+  const bool isBulk = way == LINKS_STORE_BULK || way == LINKS_LOAD_BULK;
+  const bool isLoad = way == LINKS_LOAD || way == LINKS_LOAD_BULK;
+  const linksCopy_t copy = {.runs = isLoad ? b : a,
+                            .from = a,
+                            .to = b,
+                            .blocks = links->options->budgets[budget],
+                            .isBulk = isBulk,
+                            .rounds = linksKernelRounds(links->options, figures->nGpus)};
+  linksCopy_t copies[2] = {copy, copy};
+  copies[1].runs = isLoad ? a : b;
+  copies[1].from = b;
+  copies[1].to = a;
+  if (isLoad && from == to) return 0;
+  if (isBulk && copies[0].runs->nStages == 0) return 0;
+  if (links_copies_time(links, copies, 1, (double *[]){&there->kernel[way][budget]}, error) != 0) return -1;
+  if (from >= to || !linksKernelBoth(figures->nGpus, from, to)) return 0;
+  if (isBulk && copies[1].runs->nStages == 0) return 0;
+  return links_copies_time(
+      links, copies, 2, (double *[]){&there->kernelBoth[way][budget], &back->kernelBoth[way][budget]}, error);
 }
 
 /* ---- flags ---- */
@@ -185,7 +243,7 @@ static int links_flags_time(const links_t *links, linksFigures_t *figures, int32
   }
   if (results[0].failed || results[1].failed)
     return perfErrorSet(error, "flags between GPUs %d and %d: no answer within %d s", from, to,
-                        LINKS_FLAG_SECONDS);
+                        LINKS_WAIT_SECONDS);
   for (int i = 0; i < 2; i++) {
     linksPair_t *pair = i == 0 ? &figures->pairs[from][to] : &figures->pairs[to][from];
     pair->flagUs = (double)results[i].ns / 1e3 / links->options->trips;
@@ -197,20 +255,21 @@ static int links_flags_time(const links_t *links, linksFigures_t *figures, int32
 
 static int links_pair_measure(links_t *links, linksFigures_t *figures, int32_t from, int32_t to,
                               perfError_t *error) {
-  linksPair_t *pair = &figures->pairs[from][to];
-  const linksCopy_t engines = {
-      .runs = &links->devices[from], .from = &links->devices[from], .to = &links->devices[to]};
-  if (links_reach(links, from, to, &pair->reachable, error) != 0) return -1;
-  if (links_copies_time(links, &engines, &pair->copy, error) != 0) return -1;
-  if (from < to && links_both_time(links, figures, from, to, error) != 0) return -1;
-  if (!pair->reachable) return 0;
-  if (links_kernels_time(links, pair, from, to, error) != 0) return -1;
+  bool *isReachable = &figures->pairs[from][to].reachable;
+  if (links_reach(links, from, to, isReachable, error) != 0) return -1;
+  if (links_engines_time(links, figures, from, to, error) != 0) return -1;
+  if (!*isReachable) return 0;
+  for (int32_t budget = 0; budget < links->options->nBudgets; budget++) {
+    for (linksWay_t way = 0; way < LINKS_WAYS; way++)
+      if (links_kernels_time(links, figures, from, to, way, budget, error) != 0) return -1;
+  }
   return from < to ? links_flags_time(links, figures, from, to, error) : 0;
 }
 
 static int links_all_measure(links_t *links, linksFigures_t *figures, perfError_t *error) {
   for (int32_t i = 0; i < figures->nGpus; i++) {
     links->devices[i].device = i;
+    links->devices[i].sms = figures->gpus[i].sms;
     if (links_device_open(&links->devices[i], links->options, error) != 0) return -1;
   }
   for (int32_t from = 0; from < figures->nGpus; from++) {

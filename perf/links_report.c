@@ -13,28 +13,47 @@ void linksList(const linksFigures_t *figures) {
     printf("GPU %d: %s (UUID: %s)\n", i, figures->gpus[i].name, figures->gpus[i].uuid);
 }
 
+/* ---- what is measured ---- */
+
+enum { KERNEL_ROUNDS = 3 };
+
+int32_t linksKernelRounds(const linksOptions_t *options, int32_t nGpus) {
+  return nGpus > 2 && options->rounds > KERNEL_ROUNDS ? KERNEL_ROUNDS : options->rounds;
+}
+
+/* Of more than two GPUs, neighbours in a ring. */
+bool linksKernelBoth(int32_t nGpus, int32_t from, int32_t to) {
+  return (from + 1) % nGpus == to || (to + 1) % nGpus == from;
+}
+
 /* ---- summaries over the pairs ---- */
 
-typedef double (*linksValue_t)(const linksPair_t *pair, int32_t budget);
+/* What a copy by a kernel depends on. */
+typedef struct {
+  linksWay_t way;
+  int32_t budget;
+} linksKernel_t;
+typedef double (*linksValue_t)(const linksPair_t *pair, linksKernel_t kernel);
 
-static double links_copy(const linksPair_t *pair, int32_t budget) {
-  (void)budget;
+static double links_copy(const linksPair_t *pair, linksKernel_t kernel) {
+  (void)kernel;
   return pair->copy / 1e9;
 }
-static double links_both(const linksPair_t *pair, int32_t budget) {
-  (void)budget;
+static double links_both(const linksPair_t *pair, linksKernel_t kernel) {
+  (void)kernel;
   return pair->both / 1e9;
 }
-static double links_flag(const linksPair_t *pair, int32_t budget) {
-  (void)budget;
+static double links_flag(const linksPair_t *pair, linksKernel_t kernel) {
+  (void)kernel;
   return pair->flagUs;
 }
-static double links_store(const linksPair_t *pair, int32_t budget) {
-  return pair->store[budget] / 1e9;
+static double links_kernel(const linksPair_t *pair, linksKernel_t kernel) {
+  return pair->kernel[kernel.way][kernel.budget] / 1e9;
 }
-static double links_load(const linksPair_t *pair, int32_t budget) {
-  return pair->load[budget] / 1e9;
+static double links_kernel_both(const linksPair_t *pair, linksKernel_t kernel) {
+  return pair->kernelBoth[kernel.way][kernel.budget] / 1e9;
 }
+static const linksKernel_t links_none = {0};
 
 typedef struct {
   int32_t count;
@@ -43,12 +62,12 @@ typedef struct {
 
 /* Of what was measured: between different GPUs, or within each. */
 static linksSummary_t links_summary(const linksFigures_t *figures, bool within, linksValue_t value,
-                                    int32_t budget) {
+                                    linksKernel_t kernel) {
   double values[LINKS_MAX_GPUS * LINKS_MAX_GPUS];
   linksSummary_t summary = {0};
   for (int32_t from = 0; from < figures->nGpus; from++) {
     for (int32_t to = 0; to < figures->nGpus; to++) {
-      double one = value(&figures->pairs[from][to], budget);
+      double one = value(&figures->pairs[from][to], kernel);
       if ((from == to) == within && one > 0) values[summary.count++] = one;
     }
   }
@@ -69,7 +88,7 @@ static void links_matrix_print(const linksFigures_t *figures, const char *title,
   for (int32_t from = 0; from < figures->nGpus; from++) {
     printf("%10d", from);
     for (int32_t to = 0; to < figures->nGpus; to++) {
-      double one = value(&figures->pairs[from][to], 0);
+      double one = value(&figures->pairs[from][to], links_none);
       if (one > 0) {
         printf(" %8.*f", decimals, one);
       } else {
@@ -80,24 +99,39 @@ static void links_matrix_print(const linksFigures_t *figures, const char *title,
   }
 }
 
-static void links_summary_print(linksSummary_t summary) {
+static void links_median_print(const linksFigures_t *figures, bool within, linksValue_t value, linksWay_t way,
+                               int32_t budget) {
+  linksSummary_t summary = links_summary(figures, within, value, (linksKernel_t){way, budget});
   if (summary.count == 0) {
-    printf(" %8s %8s %8s", "-", "-", "-");
+    printf(" %8s", "-");
   } else {
-    printf(" %8.1f %8.1f %8.1f", summary.least, summary.median, summary.most);
+    printf(" %8.1f", summary.median);
   }
 }
 
 static void links_budgets_print(const linksOptions_t *options, const linksFigures_t *figures) {
-  printf("#\n# copies by a kernel, GB/s: within a GPU (read and written), to another by stores, from another "
-         "by loads; least, median, most\n");
-  printf("# %8s %8s %8s %8s %8s %8s %8s %8s %8s %8s\n", "blocks", "within", "", "", "stores", "", "", "loads",
-         "", "");
+  printf(
+      "#\n# copies by a kernel, one direction, GB/s, medians: within a GPU (read and written), to another by "
+      "stores, from another by loads; plain and bulk\n");
+  printf("# %8s %8s %8s %8s %8s %8s %8s\n", "blocks", "within", "bulk", "stores", "bulk", "loads", "bulk");
   for (int32_t i = 0; i < options->nBudgets; i++) {
     printf("%10d", options->budgets[i]);
-    links_summary_print(links_summary(figures, true, links_store, i));
-    links_summary_print(links_summary(figures, false, links_store, i));
-    links_summary_print(links_summary(figures, false, links_load, i));
+    for (linksWay_t way = LINKS_STORE; way <= LINKS_STORE_BULK; way++)
+      links_median_print(figures, true, links_kernel, way, i);
+    for (linksWay_t way = 0; way < LINKS_WAYS; way++)
+      links_median_print(figures, false, links_kernel, way, i);
+    printf("\n");
+  }
+}
+
+static void links_budgets_both_print(const linksOptions_t *options, const linksFigures_t *figures) {
+  printf("#\n# copies by a kernel, both directions at once, GB/s of each, medians%s\n",
+         figures->nGpus > 2 ? ": between neighbours" : "");
+  printf("# %8s %8s %8s %8s %8s\n", "blocks", "stores", "bulk", "loads", "bulk");
+  for (int32_t i = 0; i < options->nBudgets; i++) {
+    printf("%10d", options->budgets[i]);
+    for (linksWay_t way = 0; way < LINKS_WAYS; way++)
+      links_median_print(figures, false, links_kernel_both, way, i);
     printf("\n");
   }
 }
@@ -111,14 +145,15 @@ static void links_unreachable_print(const linksFigures_t *figures) {
 }
 
 static void links_tables_print(const linksOptions_t *options, const linksFigures_t *figures) {
-  linksSummary_t link = links_summary(figures, false, links_copy, 0);
+  linksSummary_t link = links_summary(figures, false, links_copy, links_none);
   printf("# ultraep_links version %d.%d.%d\n", ULTRAEP_VERSION_MAJOR, ULTRAEP_VERSION_MINOR,
          ULTRAEP_VERSION_PATCH);
   for (int32_t i = 0; i < figures->nGpus; i++)
     printf("# GPU %d: %s, %d SMs\n", i, figures->gpus[i].name, figures->gpus[i].sms);
-  printf("# CUDA: driver %d.%d, runtime %d.%d; copies of %lld bytes, medians of %d\n", figures->driver / 1000,
-         figures->driver % 1000 / 10, figures->runtime / 1000, figures->runtime % 1000 / 10,
-         (long long)options->bytes, options->rounds);
+  printf("# CUDA: driver %d.%d, runtime %d.%d; copies of %lld bytes, medians of %d, by a kernel of %d\n",
+         figures->driver / 1000, figures->driver % 1000 / 10, figures->runtime / 1000,
+         figures->runtime % 1000 / 10, (long long)options->bytes, options->rounds,
+         linksKernelRounds(options, figures->nGpus));
   links_matrix_print(figures, "copies by the copy engines, GB/s; within a GPU bytes read and written",
                      links_copy, 1);
   if (figures->nGpus > 1) {
@@ -126,9 +161,10 @@ static void links_tables_print(const linksOptions_t *options, const linksFigures
     links_matrix_print(figures, "flags, there and back, us", links_flag, 2);
   }
   links_budgets_print(options, figures);
+  if (figures->nGpus > 1) links_budgets_both_print(options, figures);
   links_unreachable_print(figures);
   printf("#\n# copy rate within a GPU: %.1f GB/s read and written, median of %d\n",
-         links_summary(figures, true, links_copy, 0).median, figures->nGpus);
+         links_summary(figures, true, links_copy, links_none).median, figures->nGpus);
   if (link.count == 0) {
     printf("# link rate: none, one GPU has no pairs\n");
   } else {
@@ -144,42 +180,58 @@ static json_t *links_json_number(double value) {
   return value > 0 ? json_real(value) : json_null();
 }
 
-static json_t *links_json_budgets(const linksOptions_t *options, const linksPair_t *pair,
-                                  linksValue_t value) {
+/* A rate for each number of blocks. */
+static json_t *links_json_budgets(const linksOptions_t *options, const linksPair_t *pair, linksValue_t value,
+                                  linksWay_t way) {
   json_t *rates = json_array();
   for (int32_t i = 0; i < options->nBudgets; i++)
-    json_array_append_new(rates, links_json_number(value(pair, i)));
+    json_array_append_new(rates, links_json_number(value(pair, (linksKernel_t){way, i})));
   return rates;
 }
 
 static json_t *links_json_pair(const linksOptions_t *options, const linksFigures_t *figures, int32_t from,
                                int32_t to) {
+  static const char *const keys[LINKS_WAYS] = {"store_gbps", "store_bulk_gbps", "load_gbps",
+                                               "load_bulk_gbps"};
+  static const char *const bothKeys[LINKS_WAYS] = {"both_store_gbps", "both_store_bulk_gbps",
+                                                   "both_load_gbps", "both_load_bulk_gbps"};
   const linksPair_t *pair = &figures->pairs[from][to];
-  return json_pack("{s:i,s:i,s:b,s:o,s:o,s:o,s:o,s:o}", "from", (int)from, "to", (int)to, "reachable",
-                   (int)pair->reachable, "copy_gbps", links_json_number(links_copy(pair, 0)), "both_gbps",
-                   links_json_number(links_both(pair, 0)), "store_gbps",
-                   links_json_budgets(options, pair, links_store), "load_gbps",
-                   links_json_budgets(options, pair, links_load), "flag_us",
-                   links_json_number(links_flag(pair, 0)));
+  json_t *object =
+      json_pack("{s:i,s:i,s:b,s:o,s:o,s:o}", "from", (int)from, "to", (int)to, "reachable",
+                (int)pair->reachable, "copy_gbps", links_json_number(links_copy(pair, links_none)),
+                "both_gbps", links_json_number(links_both(pair, links_none)), "flag_us",
+                links_json_number(links_flag(pair, links_none)));
+  for (linksWay_t way = 0; way < LINKS_WAYS; way++) {
+    json_object_set_new(object, keys[way], links_json_budgets(options, pair, links_kernel, way));
+    json_object_set_new(object, bothKeys[way], links_json_budgets(options, pair, links_kernel_both, way));
+  }
+  return object;
+}
+
+static json_t *links_json_gpu(const linksGpu_t *gpu) {
+  char capability[32];
+  snprintf(capability, sizeof(capability), "%d.%d", gpu->major, gpu->minor);
+  return json_pack("{s:s,s:s,s:i,s:s}", "name", gpu->name, "uuid", gpu->uuid, "sms", (int)gpu->sms,
+                   "compute_capability", capability);
 }
 
 static json_t *links_json_make(const linksOptions_t *options, const linksFigures_t *figures) {
   json_t *gpus = json_array(), *pairs = json_array(), *budgets = json_array();
-  for (int32_t i = 0; i < figures->nGpus; i++)
-    json_array_append_new(gpus, json_pack("{s:s,s:s,s:i}", "name", figures->gpus[i].name, "uuid",
-                                          figures->gpus[i].uuid, "sms", (int)figures->gpus[i].sms));
+  for (int32_t i = 0; i < figures->nGpus; i++) json_array_append_new(gpus, links_json_gpu(&figures->gpus[i]));
   for (int32_t i = 0; i < options->nBudgets; i++)
     json_array_append_new(budgets, json_integer(options->budgets[i]));
   for (int32_t from = 0; from < figures->nGpus; from++) {
     for (int32_t to = 0; to < figures->nGpus; to++)
       json_array_append_new(pairs, links_json_pair(options, figures, from, to));
   }
-  return json_pack("{s:i,s:o,s:i,s:i,s:I,s:i,s:i,s:o,s:o,s:o,s:o}", "version", 1, "gpus", gpus, "driver",
+  return json_pack("{s:i,s:o,s:i,s:i,s:I,s:i,s:i,s:i,s:o,s:o,s:o,s:o}", "version", 1, "gpus", gpus, "driver",
                    (int)figures->driver, "runtime", (int)figures->runtime, "bytes",
-                   (json_int_t)options->bytes, "iterations", (int)options->rounds, "round_trips",
-                   (int)options->trips, "blocks", budgets, "pairs", pairs, "copy_gbps",
-                   links_json_number(links_summary(figures, true, links_copy, 0).median), "link_gbps",
-                   links_json_number(links_summary(figures, false, links_copy, 0).median));
+                   (json_int_t)options->bytes, "iterations", (int)options->rounds, "kernel_iterations",
+                   (int)linksKernelRounds(options, figures->nGpus), "round_trips", (int)options->trips,
+                   "blocks", budgets, "pairs", pairs, "copy_gbps",
+                   links_json_number(links_summary(figures, true, links_copy, links_none).median),
+                   "link_gbps",
+                   links_json_number(links_summary(figures, false, links_copy, links_none).median));
 }
 
 static int links_json_write(const linksOptions_t *options, const linksFigures_t *figures,

@@ -104,12 +104,27 @@ report_sms() {
   local name rows
   rows=$(for name in $(shown_of sms); do perf_rows "$name"; done)
   [ -n "$rows" ] || return 0
-  printf '\n== SMs against bandwidth: main with other SMs, us; bare: copies by a kernel between two GPUs, GB/s, medians\n'
-  printf '%6s %11s %11s %9s %6s %6s %9s %6s %6s\n' SMs bare-stores bare-loads dispatch link copy combine link copy
+  printf '\n== SMs against bandwidth: main with other SMs, us\n'
+  echo "bare: copies by a kernel between two GPUs, plain or bulk, whichever is faster, GB/s, medians"
+  echo "both: the same of each direction, with both directions at once, as an exchange has them"
+  printf '%6s %11s %11s %11s %11s %9s %6s %6s %9s %6s %6s\n' SMs bare-stores bare-loads both-stores both-loads dispatch \
+    link copy combine link copy
   awk '
-    FNR == NR { if (/^# +blocks/) inside = 1; else if (/^#/) inside = 0; else if (inside) { s[$1] = $6; l[$1] = $9 } next }
-    { sub(/^sms-/, "", $1); printf "%6s %11s %11s %9s %6s %6s %9s %6s %6s\n", $1, ($1 in s) ? s[$1] : "-",
-      ($1 in l) ? l[$1] : "-", $8, $9, $10, $12, $13, $14 }' \
+    function best(a, b) { return a + 0 < b + 0 ? b : a }
+    function rate(of, way) { return (of, way) in rates ? rates[of, way] : "-" }
+    FNR == NR {
+      if (/^# copies by a kernel, one direction/) { table = "one"; first = 4 }
+      else if (/^# copies by a kernel, both directions/) { table = "both"; first = 2 }
+      else if (/^# +blocks/) inside = table != ""
+      else if (/^#/) { inside = 0; table = "" }
+      else if (inside) {
+        rates[$1, table "-stores"] = best($first, $(first + 1))
+        rates[$1, table "-loads"] = best($(first + 2), $(first + 3))
+      }
+      next
+    }
+    { sub(/^sms-/, "", $1); printf "%6s %11s %11s %11s %11s %9s %6s %6s %9s %6s %6s\n", $1, rate($1, "one-stores"),
+      rate($1, "one-loads"), rate($1, "both-stores"), rate($1, "both-loads"), $8, $9, $10, $12, $13, $14 }' \
     <(if is_shown links; then cat "$parts/links.log"; else echo '#'; fi) - <<< "$rows"
 }
 

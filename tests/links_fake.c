@@ -1,5 +1,6 @@
 /* ultraep_links without GPUs: as many made-up ones as LINKS_FAKE_GPUS says, with rates that a test can know.
- * LINKS_FAKE_FAULT=unreachable: the first and the last cannot use each other's memory; =flags: no answer. */
+ * LINKS_FAKE_FAULT=unreachable: the first and the last cannot use each other's memory; =bulk: no bulk copies;
+ * =flags: no answer. */
 #include "links.h"
 
 #include <stdio.h>
@@ -21,18 +22,27 @@ int linksFind(const linksOptions_t *options, linksFigures_t *figures, perfError_
     snprintf(figures->gpus[i].name, sizeof(figures->gpus[i].name), "Fake %d", i);
     snprintf(figures->gpus[i].uuid, sizeof(figures->gpus[i].uuid), "GPU-%d", i);
     figures->gpus[i].sms = 132;
+    figures->gpus[i].major = 9;
   }
   return 0;
 }
 
-/* From GPU f to t at 400 + 10 f + t GB/s, within one at 4000; kernels at 10 GB/s a block, loads at 9. */
-static void fake_pair_set(const linksOptions_t *options, int32_t from, int32_t to, linksPair_t *pair) {
+/* From GPU f to t at 400 + 10 f + t GB/s, within one at 4000; kernels as `rates` says, with both directions
+ * at once at three quarters. */
+static void fake_pair_set(const linksOptions_t *options, int32_t nGpus, int32_t from, int32_t to,
+                          linksPair_t *pair) {
+  static const double rates[LINKS_WAYS] = {10e9, 11e9, 9e9, 8e9}; /* a block */
   pair->copy = from == to ? 4000e9 : (400.0 + 10 * from + to) * 1e9;
   pair->both = from == to ? 0 : 0.75 * pair->copy;
   if (!pair->reachable) return;
-  for (int32_t i = 0; i < options->nBudgets; i++) {
-    pair->store[i] = 10e9 * options->budgets[i];
-    pair->load[i] = from == to ? 0 : 9e9 * options->budgets[i];
+  for (linksWay_t way = 0; way < LINKS_WAYS; way++) {
+    if (from == to && way > LINKS_STORE_BULK) continue;
+    if (fake_fault_is("bulk") && (way == LINKS_STORE_BULK || way == LINKS_LOAD_BULK)) continue;
+    for (int32_t i = 0; i < options->nBudgets; i++) {
+      pair->kernel[way][i] = rates[way] * options->budgets[i];
+      if (from != to && linksKernelBoth(nGpus, from, to))
+        pair->kernelBoth[way][i] = 0.75 * pair->kernel[way][i];
+    }
   }
   pair->flagUs = from == to ? 0 : 2.5;
 }
@@ -44,7 +54,7 @@ int linksMeasure(const linksOptions_t *options, linksFigures_t *figures, perfErr
     for (int32_t to = 0; to <= last; to++) {
       linksPair_t *pair = &figures->pairs[from][to];
       pair->reachable = !fake_fault_is("unreachable") || from == to || from + to != last;
-      fake_pair_set(options, from, to, pair);
+      fake_pair_set(options, figures->nGpus, from, to, pair);
     }
   }
   return 0;

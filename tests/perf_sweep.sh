@@ -141,7 +141,9 @@ has "main-4 4 0 4.0000 4.0000 31.00 1010.0 1000.0 79.2 80.0 2.60 2.60 1.000 900.
 has "main-1 1 0 4.0000 4.0000 31.00 1010.0 1000.0 - 80.0 2.60"
 has "skew-4 4 1 4.0000 1.0000 31.00 820.0 800.0 79.2 80.0 3.25 3.25 0.800 750.0 72.0 88.9 3.60 3.60 0.833"
 has "skew-1.5 4 1 4.0000 1.0000 31.00 820.0 800.0 79.2 80.0 - - 0.800 750.0"
-has "24 240.0 216.0 1000.0 79.2 80.0 900.0 72.0 88.9"
+# Bare stores are faster by bulk copies, loads plain.
+has "SMs bare-stores bare-loads both-stores both-loads dispatch link copy combine link copy"
+has "24 264.0 216.0 198.0 162.0 1000.0 79.2 80.0 900.0 72.0 88.9"
 has "nccl-tests-alltoall 536870912 1500.0 313.2 0"
 has "plugin-schedule-alltoallv 131072 1234.5 7.4 0"
 has "moe-3 balanced 3.0000 1.0000 130.250 97.5 2.154"
@@ -198,7 +200,7 @@ has "once: failed: exit status 5"
 has 'broken "here"'
 has "partial: failed: not done in 3 s"
 has "main-4 4 0"
-has "32 - - 1000.0 - 80.0"
+has "32 - - - - 1000.0 - 80.0"
 grep -q '2 parts failed or did not run' err || fail "the number of failures: $(cat err)"
 [ "$(part once status) $(part once log | tail -n 1)" = 'failed broken "here"' ] || fail "a failed part in the document"
 sweep 0 --parts main,once,partial,sms
@@ -236,6 +238,10 @@ grep -q 'interrupted' err || fail "no word on being interrupted"
 
 # ---- other machines ----
 
+LINKS_FAKE_FAULT=bulk sweep 0 --fresh --parts links,sms
+has "24 240.0 216.0 180.0 162.0 1000.0 79.2"
+FAKE_GPUS=1 LINKS_FAKE_GPUS=1 sweep 0 --fresh --parts links,sms-8
+has "8 - - - - 1000.0 -"
 FAKE_GPUS=1 LINKS_FAKE_GPUS=1 sweep 0 --fresh --parts links,main,skew,plugin,topology
 has "# link rate: none, one GPU has no pairs"
 has "main-1 1 0 4.0000 4.0000 31.00 1010.0 1000.0 - 80.0"
