@@ -47,6 +47,7 @@
 #define combineMemory planMemory
 #define dispatchMemory planMemory
 #define gradsMemory planMemory
+#define linksMemory planMemory
 #define p2pMemory planMemory
 #define weightsMemory planMemory
 

@@ -144,6 +144,16 @@ cudaError_t cudaGetDeviceCount(int *count) {
   return runtime_error(*count > 0 ? cudaSuccess : cudaErrorNoDevice);
 }
 
+cudaError_t cudaDriverGetVersion(int *version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int *device) {
   if (runtime_devices() == 0) return runtime_error(cudaErrorNoDevice);
   if (!driver_pushed(device)) *device = thread.device;
