@@ -10,8 +10,13 @@
 #define DEFAULT_BYTES_PER_ROW_SECOND                                                                         \
   600e12 /* one flop a byte of bf16 weights; fp8: half the bytes, twice the rate */
 #define PICOSECONDS 1e12
-#define DISPATCH_MEMORY_BYTES_PER_SECOND 3e12 /* an H100's memory, reads and writes */
-#define DISPATCH_ONCE_SECONDS 10e-6           /* a meeting of all ranks more, before the copies */
+/* Measured between two H200s: what kernels move over a link in one direction, and what a thread block reads
+ * and writes in memory at most. */
+#define DISPATCH_LINK_BYTES_PER_SECOND 360e9
+#define DISPATCH_BLOCK_BYTES_PER_SECOND 95e9
+#define DISPATCH_MEMORY_BYTES_PER_SECOND 4e12
+#define DISPATCH_DEFAULT_BLOCKS 16
+#define DISPATCH_ONCE_SECONDS 10e-6 /* a meeting of all ranks more, before the copies */
 
 /* ---- data types ---- */
 
@@ -336,15 +341,20 @@ static double config_gate_rows(const ultraepConfig_t *config, int nRanks) {
   return row > 0 ? ceil(copies * copy / row) : INFINITY;
 }
 
-int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks) {
+int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks, bool ownDevices) {
+  double link = config->linkBytesPerSecond;
   if (config->dispatchMode != ULTRAEP_DISPATCH_AUTO) return config->dispatchMode;
-  if (config->linkBytesPerSecond <= 0) return ULTRAEP_DISPATCH_DIRECT;
-  /* Ranks that a token goes to, if every rank is as likely as another for each of its rows. */
+  if (link <= 0 && !ownDevices) return ULTRAEP_DISPATCH_DIRECT;
+  if (link <= 0) link = DISPATCH_LINK_BYTES_PER_SECOND;
+  /* Ranks that a token goes to, if every rank is as likely as another for each of its rows. Rows that stay on
+   * their rank are moved alike in both modes. */
   double topK = config->topK, ranks = nRanks * (1 - pow(1 - 1.0 / nRanks, topK)), peers = 1 - 1.0 / nRanks;
   double bytes = (double)config->maxTokens * config->hidden * (double)config_type_bytes(config->dataType);
-  double direct = bytes * topK * peers / config->linkBytesPerSecond;
-  double once = bytes * ranks * peers / config->linkBytesPerSecond +
-                2 * bytes * (topK - ranks) / DISPATCH_MEMORY_BYTES_PER_SECOND + DISPATCH_ONCE_SECONDS;
+  double blocks = config->maxCtas > 0 ? config->maxCtas : DISPATCH_DEFAULT_BLOCKS;
+  double memory = fmin(blocks * DISPATCH_BLOCK_BYTES_PER_SECOND, DISPATCH_MEMORY_BYTES_PER_SECOND);
+  double direct = bytes * topK * peers / link;
+  double once =
+      bytes * ranks * peers / link + 2 * bytes * (topK - ranks) * peers / memory + DISPATCH_ONCE_SECONDS;
   return once < direct ? ULTRAEP_DISPATCH_ONCE : ULTRAEP_DISPATCH_DIRECT;
 }
 

@@ -63,8 +63,9 @@ void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
  * gate may leave on a rank for them have room. */
 void config_gate_limit(const ultraepConfig_t *config, int nRanks, int64_t maxRecvRows,
                        ultraepPlannerConfig_t *planner);
-/* For a checked config: what ULTRAEP_DISPATCH_AUTO means on GPUs; another mode stands. */
-int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks);
+/* For a checked config: what ULTRAEP_DISPATCH_AUTO means on GPUs; another mode stands. ownDevices: every rank
+ * has a GPU of its own, so that there are links between them. */
+int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks, bool ownDevices);
 /* For a checked config: the rows a rank may receive, padding included. */
 int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks);
 

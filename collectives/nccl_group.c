@@ -157,6 +157,28 @@ static ultraepResult_t group_agree_config(ncclRank_t *self, const ultraepConfig_
   return result;
 }
 
+typedef struct {
+  uint64_t host;
+  char bus[24];
+} groupDevice_t;
+
+/* Whether every rank has a GPU of its own. */
+static ultraepResult_t group_compare_devices(ncclRank_t *self, bool *own) {
+  groupDevice_t mine = {.host = peer_host_id()}, *all = calloc((size_t)self->nRanks, sizeof(*all));
+  cudaError_t error = cudaDeviceGetPCIBusId(mine.bus, sizeof(mine.bus), self->device);
+  /* Without it the rank counts as one that shares its GPU. */
+  if (error != cudaSuccess) mine = (groupDevice_t){.host = 0};
+  ultraepResult_t result = all ? nccl_agree(self, &mine, all, sizeof(mine), "create")
+                               : error_set(ultraepSystemError, "no memory for a group");
+  *own = true;
+  for (int r = 0; result == ultraepSuccess && r < self->nRanks && *own; r++) {
+    *own = all[r].host != 0;
+    for (int i = 0; i < r && *own; i++) *own = memcmp(&all[i], &all[r], sizeof(all[r])) != 0;
+  }
+  free(all);
+  return result;
+}
+
 /* ---- create ---- */
 
 static size_t group_align(size_t bytes) {
@@ -303,13 +325,14 @@ static ultraepResult_t group_look_at_comm(ncclComm_t comm, ncclRank_t *self) {
 }
 
 /* This rank's part: whether it could make the group, before any peer is asked. */
-static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, const ultraepConfig_t *config) {
+static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, const ultraepConfig_t *config,
+                                     bool ownDevices) {
   ultraepGroup_t made;
   ultraepResult_t result = group_make(&made, &ncclBackend, config, self->rank, self->nRanks,
                                       config->domainRanks ? config->domainRanks : self->nRanks);
   if (result != ultraepSuccess) return result;
   made->impl = self;
-  made->config.dispatchMode = config_dispatch_mode(config, self->nRanks);
+  made->config.dispatchMode = config_dispatch_mode(config, self->nRanks, ownDevices);
   group_set_kernel(made);
   group_lay_out_window(made);
   result = group_look_at_device(made);
@@ -368,14 +391,15 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   self->socket = PEER_SOCKET_NONE;
   ultraepGroup_t made = NULL;
   int32_t peers = ULTRAEP_PEERS_AUTO;
-  bool isFree = false;
+  bool isFree = false, ownDevices = false;
   ultraepResult_t result = group_look_at_comm(comm, self);
   if (result != ultraepSuccess) goto free_self;
   ultraepResult_t own = config_check(config, self->nRanks);
   self->timeoutMs = own == ultraepSuccess ? config->timeoutMs : GROUP_REFUSAL_TIMEOUT_MS;
   result = group_make_meeting(self, own == ultraepSuccess ? config->maxRoutes : 1);
+  if (result == ultraepSuccess) result = group_compare_devices(self, &ownDevices);
   if (result != ultraepSuccess) goto free_self;
-  if (own == ultraepSuccess) own = group_prepare(&made, self, config);
+  if (own == ultraepSuccess) own = group_prepare(&made, self, config, ownDevices);
   result = group_agree_config(self, config, own, &peers, &isFree);
   if (result != ultraepSuccess || !made) goto free_group;
   made->config.peers = peers;

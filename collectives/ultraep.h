@@ -165,7 +165,8 @@ typedef struct {
    * before. Registered weights alone (inference) count as they are; with gradients a row counts three times
    * (forward, and both gradients), and a copy is weights for forward, again for backward, and gradients. */
   int64_t expertBytes;
-  /* Rate at which one rank sends. 0: ULTRAEP_DISPATCH_AUTO is DIRECT, and the gate takes 400e9, an H100's
+  /* Rate at which one rank sends. 0: ULTRAEP_DISPATCH_AUTO takes 360e9 where every rank has a GPU of its own,
+   * and is DIRECT elsewhere; and the gate takes 400e9, an H100's
    * NVLink in one direction; or, with ULTRAEP_EXPERT_BYTES_REGISTERED on the NCCL backend, the slowest rank's
    * rate, measured once when the first experts are registered (slots of 1 MiB or more), by copies of slots
    * between all ranks at a time. A measured gate leaves no more rows on a rank than maxRecvRows has room for.

@@ -4,9 +4,9 @@
 // buffer, then each lane k stores it to the token's k-th place; two buffers, so that the next load runs
 // beside the stores. Without them (sm_80): 16 bytes a lane, loaded once and stored K times.
 //
-// ONCE: only the first of a token's rows on a rank crosses the link; when every rank is done, the
+// ONCE: only the first of a token's rows on another rank crosses the link; when every rank is done, the
 // destination's own blocks copy it to the token's other rows there, along the chain that the route left in
-// the window.
+// the window. Rows on the token's own rank go straight to their places.
 #ifndef ULTRAEP_DISPATCH_CUH_
 #define ULTRAEP_DISPATCH_CUH_
 
@@ -19,7 +19,8 @@
 namespace ultraep {
 
 constexpr int kMaxDispatchWarps = 16;
-constexpr int kBuffers = 2; // of each warp
+constexpr int kBuffers = 2;     // of each warp
+constexpr int kSpreadRows = 16; // that a warp looks at together
 
 // How the rows are cut, and what a warp's lanes know of the current token.
 struct DispatchShape {
@@ -37,15 +38,19 @@ struct DispatchContext {
   __device__ int chunkSize(int chunk) const {
     return chunk + 1 < shape.nChunks ? shape.chunkBytes : x.rowBytes - chunk * shape.chunkBytes;
   }
-  // Lane k's destination of a token, null where it has none (or, ONCE, where an earlier row carries it).
+  // Whether the token's rank sends a row; else there is none, or, ONCE, an earlier row carries it.
+  __device__ bool isSent(int rank) const {
+    bool carried = x.once && (rank & KERNEL_PLACE_LATER) && (rank & KERNEL_PLACE_RANK_MASK) != g.rank;
+    return rank >= 0 && !carried;
+  }
+  // Lane k's destination of a token, null where it has none.
   __device__ char *destination(kernelPlace_t place) const {
-    if (place.rank < 0 || (x.once && (place.rank & KERNEL_PLACE_LATER))) return nullptr;
+    if (!isSent(place.rank)) return nullptr;
     return bases[place.rank & KERNEL_PLACE_RANK_MASK] + int64_t(place.row) * x.rowBytes;
   }
   // Bytes that lane k's row takes to another rank.
   __device__ int crossing(kernelPlace_t place) const {
-    bool sent = place.rank >= 0 && !(x.once && (place.rank & KERNEL_PLACE_LATER));
-    return sent && (place.rank & KERNEL_PLACE_RANK_MASK) != g.rank
+    return isSent(place.rank) && (place.rank & KERNEL_PLACE_RANK_MASK) != g.rank
                ? x.rowBytes + (x.sendScales ? x.scaleBytes : 0)
                : 0;
   }
@@ -60,7 +65,7 @@ struct DispatchContext {
     auto *scales = reinterpret_cast<const uint32_t *>(x.sendScales + int64_t(token) * x.scaleBytes);
     for (int k = 0; k < g.topK; k++) {
       int to = __shfl_sync(kFullWarp, place.rank, k), row = __shfl_sync(kFullWarp, place.row, k);
-      if (to < 0 || (x.once && (to & KERNEL_PLACE_LATER))) continue;
+      if (!isSent(to)) continue;
       auto *out = reinterpret_cast<uint32_t *>(x.peerScales[to & KERNEL_PLACE_RANK_MASK] +
                                                x.peerScalesOffset + int64_t(row) * x.scaleBytes);
       for (int i = lane; i < x.scaleBytes / 4; i += kWarp) out[i] = scales[i];
@@ -180,8 +185,14 @@ __device__ void dispatchTokens(const DispatchContext &c, DispatchTokens tokens, 
   warpCount(&c.g.state->dispatchBytes, crossed);
 }
 
-// ONCE, at the destination: rows that came go on to their tokens' other rows here. A warp looks at 32 rows at
-// a time, each lane following one row's chain into `chains` ([32][topK] of this warp, in shared memory).
+__device__ __forceinline__ kernelMeta_t loadMeta(const kernelMeta_t *at) {
+  uint4 v = __ldcg(reinterpret_cast<const uint4 *>(at));
+  return {int32_t(v.x), int32_t(v.y), __uint_as_float(v.z), int32_t(v.w)};
+}
+
+// ONCE, at the destination: rows that came go on to their tokens' other rows here. A warp looks at some rows
+// at a time, each lane following one row's chain into `chains` ([kSpreadRows][topK] of this warp, in shared
+// memory).
 template <typename Move>
 __device__ void dispatchSpread(const DispatchContext &c, int32_t *chains, int first, int stride, Move move) {
   int lane = threadIdx.x % kWarp, topK = c.g.topK, block = 0;
@@ -189,23 +200,26 @@ __device__ void dispatchSpread(const DispatchContext &c, int32_t *chains, int fi
   char *rows = c.bases[c.g.rank];
   for (int segment = 0; segment < c.g.nSegments; segment++) {
     int64_t start = c.route.firstRow[segment], end = start + c.route.rows[segment];
-    int nBlocks = int((end - start + kWarp - 1) / kWarp), skip = (first - block % stride + stride) % stride;
+    int nBlocks = int((end - start + kSpreadRows - 1) / kSpreadRows),
+        skip = (first - block % stride + stride) % stride;
     block += nBlocks;
     for (int b = skip; b < nBlocks; b += stride) {
-      int64_t row = start + int64_t(b) * kWarp + lane;
-      int next = row < end && __ldcg(&meta[row].isFirst) ? __ldcg(&meta[row].next) : -1;
+      int64_t at = start + int64_t(b) * kSpreadRows, row = at + lane;
+      bool mayBe = lane < kSpreadRows && row < end;
+      kernelMeta_t own = mayBe ? loadMeta(meta + row) : kernelMeta_t{};
+      int next = mayBe && own.isFirst && own.source != c.g.rank ? own.next : -1;
       unsigned shared = __ballot_sync(kFullWarp, next >= 0);
       for (int n = 0; n < topK; n++) {
-        chains[lane * topK + n] = next;
+        if (lane < kSpreadRows) chains[lane * topK + n] = next;
         if (next >= 0) next = __ldcg(&meta[next].next);
       }
       __syncwarp();
       auto nth = [&](int i) { return __fns(shared, 0, i + 1); };
       move(
-          __popc(shared), [&](int i) { return rows + (start + int64_t(b) * kWarp + nth(i)) * c.x.rowBytes; },
+          __popc(shared), [&](int i) { return rows + (at + nth(i)) * c.x.rowBytes; },
           [&](int i) {
             int mine = lane < topK ? chains[nth(i) * topK + lane] : -1;
-            c.spreadScales(start + int64_t(b) * kWarp + nth(i), mine, lane);
+            c.spreadScales(at + nth(i), mine, lane);
             return mine < 0 ? nullptr : rows + int64_t(mine) * c.x.rowBytes;
           });
       __syncwarp();
@@ -225,7 +239,7 @@ struct DispatchMemory {
   __device__ DispatchMemory(char *memory, const kernelGroup_t &g, const DispatchShape &shape) {
     bases = reinterpret_cast<char **>(memory);
     memory += tableBytes(g.planner.nRanks);
-    chains = reinterpret_cast<int32_t *>(memory) + int(threadIdx.x) / kWarp * kWarp * g.topK;
+    chains = reinterpret_cast<int32_t *>(memory) + int(threadIdx.x) / kWarp * kSpreadRows * g.topK;
     buffers = memory + shape.chainBytes;
   }
   __device__ void fillTable(const kernelGroup_t &g, const kernelExchange_t &x) const {
@@ -283,7 +297,7 @@ __device__ inline bool dispatchRun(const DispatchContext &c, const DispatchMemor
 inline DispatchShape dispatchShape(const kernelGroup_t &g, const kernelExchange_t &x, size_t staticBytes,
                                    size_t *bytes) {
   size_t table = DispatchMemory::tableBytes(g.planner.nRanks);
-  size_t chains = x.once ? size_t(kMaxDispatchWarps) * kWarp * g.topK * sizeof(int32_t) : 0;
+  size_t chains = x.once ? size_t(kMaxDispatchWarps) * kSpreadRows * g.topK * sizeof(int32_t) : 0;
   size_t room = size_t(g.sharedBytes) - table - chains - staticBytes;
   DispatchShape shape = {kMaxDispatchWarps, 0, 0, int(chains)};
   int most = std::min<int>(16384, int(room / (kMaxDispatchWarps / 2 * kBuffers)) / 128 * 128);

@@ -90,7 +90,7 @@ typedef struct {
   int32_t next;    /* the token's next row on this rank, in order of k; -1: none */
   int32_t isFirst; /* 1: the first of the token's rows on this rank */
   float weight;    /* top-k weight, 1 where the route has none */
-  int32_t reserved;
+  int32_t source;  /* the token's rank */
 } kernelMeta_t;
 
 /* Device memory of one rank that only its own kernels touch. All zero at first. */

@@ -318,7 +318,7 @@ __device__ inline kernelPlace_t routeMeta(const kernelGroup_t &g, const kernelRo
   bool first = (group & ((1u << lane) - 1)) == 0;
   if (place.rank < 0) return place;
   auto *meta = reinterpret_cast<kernelMeta_t *>(g.windows[place.rank] + route.metaOffset);
-  meta[place.row] = {later ? next : -1, first, weight, 0};
+  meta[place.row] = {later ? next : -1, first, weight, g.rank};
   if (!first) place.rank |= KERNEL_PLACE_LATER;
   if (__popc(group) > 1) place.rank |= KERNEL_PLACE_SHARED;
   return place;

@@ -311,24 +311,26 @@ static void test_config_dispatch_mode(void **state) {
   config.topK = 8;
   config.maxTokens = 4096;
   config.hidden = 7168;
-  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT); /* no rate is given */
+  assert_int_equal(config_dispatch_mode(&config, 8, false), ULTRAEP_DISPATCH_DIRECT); /* no rate is given */
+  assert_int_equal(config_dispatch_mode(&config, 8, true), ULTRAEP_DISPATCH_ONCE);
+  assert_int_equal(config_dispatch_mode(&config, 2, true), ULTRAEP_DISPATCH_ONCE);
   config.linkBytesPerSecond = 450e9;
-  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_ONCE);
+  assert_int_equal(config_dispatch_mode(&config, 8, false), ULTRAEP_DISPATCH_ONCE);
   config.dispatchMode = ULTRAEP_DISPATCH_DIRECT;
-  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  assert_int_equal(config_dispatch_mode(&config, 8, false), ULTRAEP_DISPATCH_DIRECT);
   config.dispatchMode = ULTRAEP_DISPATCH_AUTO;
-  assert_int_equal(config_dispatch_mode(&config, 1), ULTRAEP_DISPATCH_DIRECT);
+  assert_int_equal(config_dispatch_mode(&config, 1, false), ULTRAEP_DISPATCH_DIRECT);
   config.maxTokens = 8; /* too few for another meeting */
-  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  assert_int_equal(config_dispatch_mode(&config, 8, false), ULTRAEP_DISPATCH_DIRECT);
   config.maxTokens = 4096;
   config.topK = 1; /* nothing to save */
-  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  assert_int_equal(config_dispatch_mode(&config, 8, false), ULTRAEP_DISPATCH_DIRECT);
   config.topK = 8;
   config.linkBytesPerSecond = 3e12; /* memory is the link */
-  assert_int_equal(config_dispatch_mode(&config, 8), ULTRAEP_DISPATCH_DIRECT);
+  assert_int_equal(config_dispatch_mode(&config, 8, false), ULTRAEP_DISPATCH_DIRECT);
   config.linkBytesPerSecond = 450e9;
   config.dispatchMode = ULTRAEP_DISPATCH_ONCE;
-  assert_int_equal(config_dispatch_mode(&config, 1), ULTRAEP_DISPATCH_ONCE);
+  assert_int_equal(config_dispatch_mode(&config, 1, false), ULTRAEP_DISPATCH_ONCE);
 }
 
 static void test_config_difference(void **state) {
