@@ -77,12 +77,12 @@ typedef struct ncclRank {
   size_t slotFlagsOffset;
   size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
   kernelGroup_t kernel;
-  int32_t expertBlocks; /* nBlocks of the kernels of weights and gradients */
-  bool isStuck;         /* a meeting timed out and is still pending in NCCL or on `stream` */
-  cudaEvent_t work;     /* after the last call that was enqueued outside a capture */
-  void *pinned;         /* mapped: the failure, then the status of each route */
+  int32_t expertBlocks;           /* nBlocks of the kernels of weights and gradients */
+  bool isStuck;                   /* a meeting timed out and is still pending in NCCL or on `stream` */
+  cudaEvent_t work[KERNEL_LANES]; /* after each lane's last call that was enqueued outside a capture */
+  void *pinned;                   /* mapped: the failure, then the status of each route */
   kernelFailure_t *failure, *deviceFailure;       /* and as mapped */
-  kernelRouteStatus_t *statuses, *deviceStatuses; /* [maxRoutes], and as mapped */
+  kernelRouteStatus_t *statuses, *deviceStatuses; /* [maxRoutes][KERNEL_LANES], and as mapped */
   char *agreeBuffer;                              /* device: (R + 1) messages */
   void *deviceBlock;                              /* state, chunk counts */
   ncclRegion_t *regions;                          /* [nRegions] */
@@ -93,7 +93,7 @@ typedef struct ncclRank {
 typedef struct {
   kernelRoute_t kernel;
   void *deviceBlock;
-  kernelRouteStatus_t *status;    /* in the group's pinned memory */
+  kernelRouteStatus_t *status;    /* [KERNEL_LANES] in the group's pinned memory */
   int32_t nUpdates;               /* enqueued; a status of an older update says nothing of this one */
   ultraepPlannerConfig_t planner; /* of the last update: registering experts may change the group's */
   bool isCaptured;                /* an update was captured into a graph */
@@ -112,6 +112,11 @@ extern const backend_t ncclBackend;
 int nccl_device_enter(int device);
 void nccl_device_leave(int entered);
 
+static inline void nccl_kernel_set_lane(kernelGroup_t *kernel, int lane) {
+  kernel->lane = lane;
+  kernel->laneState = &kernel->state->lanes[lane];
+}
+
 /* Records a CUDA or NCCL error. */
 ultraepResult_t nccl_cuda_error(cudaError_t error, const char *what);
 ultraepResult_t nccl_nccl_error(const ncclRank_t *self, int result, const char *what);
@@ -122,8 +127,8 @@ void *nccl_device_alloc(ncclRank_t *self, size_t bytes, const char *what);
 void nccl_device_free(ncclRank_t *self, void *ptr);
 /* Whether a graph is being captured from the stream. */
 bool nccl_is_captured(cudaStream_t stream);
-/* Remembers that work was enqueued (not when captured); waits for all that was. */
-void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream, bool captured);
+/* Remembers that a lane's work was enqueued (not when captured); waits for all that was, in both lanes. */
+void nccl_work_enqueued(ncclRank_t *self, int lane, cudaStream_t stream, bool captured);
 cudaError_t nccl_work_wait(ncclRank_t *self);
 
 int64_t nccl_now_ms(void);
@@ -177,10 +182,11 @@ ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, 
 ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan);
 ultraepResult_t nccl_route_dispatch(const int32_t *topkIdx, const float *topkWeights, int nTokens,
                                     const backendExchange_t *exchange, cudaStream_t stream);
-/* How the route's last update came out, as far as it is known without waiting. */
+/* How the route's last update, and the calls on it in either lane, came out, as far as it is known without
+ * waiting. */
 ultraepResult_t nccl_route_status(ultraepRoute_t route);
-/* What a call on the route is refused for; see nccl_exchange.c. */
-ultraepResult_t nccl_route_check(ultraepRoute_t route);
+/* What a lane's call on the route is refused for; see nccl_exchange.c. */
+ultraepResult_t nccl_route_check(ultraepRoute_t route, int lane);
 /* A number that ranks share when they are in the same call with the same places: a hash of `words`, never 0,
  * below KERNEL_CHECK_BAD_ENTRY. */
 uint32_t nccl_check_word(const uint64_t *words, size_t n);

@@ -24,15 +24,17 @@ static void route_carve(ncclRoute_t *route, const struct ultraepGroup *group, ar
   kernel->slotExpert =
       arena_take(arena, (size_t)group->nRanks * (size_t)group->config.nSlots, sizeof(*kernel->slotExpert));
   kernel->pointers = arena_take(arena, 2 * KERNEL_MAX_TENSORS * nSegments, sizeof(*kernel->pointers));
-  kernel->status = arena_take(arena, 1, sizeof(*kernel->status));
+  kernel->status = arena_take(arena, KERNEL_LANES, sizeof(*kernel->status));
 }
 
 /* A route that was never updated refuses by its status. */
 static cudaError_t route_clear(ncclRank_t *self, const ncclRoute_t *route) {
-  static const kernelRouteStatus_t none = {.code = ultraepInvalidUsage, .rank = -1};
-  memset(route->status, 0, sizeof(*route->status));
+  kernelRouteStatus_t none[KERNEL_LANES];
+  for (int lane = 0; lane < KERNEL_LANES; lane++)
+    none[lane] = (kernelRouteStatus_t){.code = ultraepInvalidUsage, .rank = -1};
+  memset(route->status, 0, sizeof(none));
   cudaError_t error =
-      cudaMemcpyAsync(route->kernel.status, &none, sizeof(none), cudaMemcpyHostToDevice, self->stream);
+      cudaMemcpyAsync(route->kernel.status, none, sizeof(none), cudaMemcpyHostToDevice, self->stream);
   return error == cudaSuccess ? cudaStreamSynchronize(self->stream) : error;
 }
 
@@ -44,7 +46,7 @@ ultraepResult_t nccl_route_create(ultraepRoute_t route) {
   if (!made) return error_set(ultraepSystemError, "no memory for a route");
   route_carve(made, group, &arena);
   size_t bytes = arena.used;
-  made->status = &self->statuses[route->index];
+  made->status = &self->statuses[route->index * KERNEL_LANES];
   made->deviceBlock = nccl_device_alloc(self, bytes, "a route's memory");
   if (!made->deviceBlock) {
     free(made);
@@ -52,7 +54,7 @@ ultraepResult_t nccl_route_create(ultraepRoute_t route) {
   }
   arena = (arena_t){.base = made->deviceBlock};
   route_carve(made, group, &arena);
-  made->kernel.hostStatus = &self->deviceStatuses[route->index];
+  made->kernel.hostStatus = &self->deviceStatuses[route->index * KERNEL_LANES];
   cudaError_t error = route_clear(self, made);
   if (error != cudaSuccess) {
     nccl_device_free(self, made->deviceBlock);
@@ -119,7 +121,7 @@ static void update_enqueued(ultraepRoute_t route, const kernelUpdate_t *update, 
     impl->isCaptured = true;
   else
     impl->nUpdates = update->number;
-  nccl_work_enqueued(nccl_rank(route->group), stream, captured);
+  nccl_work_enqueued(nccl_rank(route->group), KERNEL_LANE_EXCHANGE, stream, captured);
   impl->planner = route->group->planner;
   route->nTokens = update->nTokens;
   route->planned = true;
@@ -137,9 +139,10 @@ ultraepResult_t nccl_route_update(ultraepRoute_t route, const int32_t *topkIdx, 
   return ultraepSuccess;
 }
 
-ultraepResult_t nccl_route_status(ultraepRoute_t route) {
+/* As calls of one lane see it. */
+static ultraepResult_t route_status(ultraepRoute_t route, int lane) {
   const ncclRoute_t *impl = route->impl;
-  const volatile kernelRouteStatus_t *status = impl->status;
+  const volatile kernelRouteStatus_t *status = &impl->status[lane];
   if (!route->planned || status->nUpdates != impl->nUpdates) return ultraepSuccess;
   __sync_synchronize();
   const struct ultraepGroup *group = route->group;
@@ -168,12 +171,19 @@ ultraepResult_t nccl_route_status(ultraepRoute_t route) {
   }
 }
 
-/* What a call on the route is refused for. Nothing once replays of a graph update the route too: ranks would
- * learn of a failure at different times, and some would refuse a call that others wait in. The kernels refuse
- * alike. */
-ultraepResult_t nccl_route_check(ultraepRoute_t route) {
+ultraepResult_t nccl_route_status(ultraepRoute_t route) {
+  ultraepResult_t result = ultraepSuccess;
+  for (int lane = 0; lane < KERNEL_LANES && result == ultraepSuccess; lane++)
+    result = route_status(route, lane);
+  return result;
+}
+
+/* What a lane's call on the route is refused for. Nothing once replays of a graph update the route too: ranks
+ * would learn of a failure at different times, and some would refuse a call that others wait in. The kernels
+ * refuse alike. */
+ultraepResult_t nccl_route_check(ultraepRoute_t route, int lane) {
   const ncclRoute_t *impl = route->impl;
-  return impl->isCaptured ? ultraepSuccess : nccl_route_status(route);
+  return impl->isCaptured ? ultraepSuccess : route_status(route, lane);
 }
 
 ultraepResult_t nccl_route_plan(ultraepRoute_t route, ultraepPlan_t *plan) {
@@ -250,14 +260,14 @@ typedef int (*exchangeLaunch_t)(const kernelGroup_t *group, const kernelRoute_t 
 
 static ultraepResult_t exchange_enqueue(const backendExchange_t *exchange, exchangeLaunch_t launch,
                                         const char *what, cudaStream_t stream) {
-  ultraepResult_t result = nccl_route_check(exchange->route);
+  ultraepResult_t result = nccl_route_check(exchange->route, KERNEL_LANE_EXCHANGE);
   if (result != ultraepSuccess) return result;
   const ncclRoute_t *route = exchange->route->impl;
   ncclRank_t *self = nccl_rank(exchange->route->group);
   kernelExchange_t kernel = exchange_kernel(exchange);
   cudaError_t error = (cudaError_t)launch(&self->kernel, &route->kernel, &kernel, stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, what);
-  nccl_work_enqueued(self, stream, nccl_is_captured(stream));
+  nccl_work_enqueued(self, KERNEL_LANE_EXCHANGE, stream, nccl_is_captured(stream));
   return ultraepSuccess;
 }
 

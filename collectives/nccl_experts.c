@@ -204,16 +204,17 @@ typedef int (*expertsLaunch_t)(const kernelGroup_t *group, const kernelRoute_t *
 
 static ultraepResult_t experts_enqueue(ultraepRoute_t route, const groupLayer_t *layer, int call,
                                        expertsLaunch_t launch, const char *what, cudaStream_t stream) {
-  ultraepResult_t result = nccl_route_check(route);
+  ultraepResult_t result = nccl_route_check(route, KERNEL_LANE_EXPERTS);
   if (result != ultraepSuccess) return result;
   const ncclRoute_t *impl = route->impl;
   ncclRank_t *self = nccl_rank(route->group);
   kernelExperts_t kernel = experts_kernel(route, layer, call);
   kernelGroup_t group = self->kernel;
+  nccl_kernel_set_lane(&group, KERNEL_LANE_EXPERTS);
   group.nBlocks = self->expertBlocks;
   cudaError_t error = (cudaError_t)launch(&group, &impl->kernel, &kernel, stream);
   if (error != cudaSuccess) return nccl_cuda_error(error, what);
-  nccl_work_enqueued(self, stream, nccl_is_captured(stream));
+  nccl_work_enqueued(self, KERNEL_LANE_EXPERTS, stream, nccl_is_captured(stream));
   return ultraepSuccess;
 }
 

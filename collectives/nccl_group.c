@@ -53,12 +53,17 @@ bool nccl_is_captured(cudaStream_t stream) {
   return cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture != cudaStreamCaptureStatusNone;
 }
 
-void nccl_work_enqueued(ncclRank_t *self, cudaStream_t stream, bool captured) {
-  if (!captured) (void)cudaEventRecord(self->work, stream);
+void nccl_work_enqueued(ncclRank_t *self, int lane, cudaStream_t stream, bool captured) {
+  if (!captured) (void)cudaEventRecord(self->work[lane], stream);
 }
 
 cudaError_t nccl_work_wait(ncclRank_t *self) {
-  return self->work ? cudaEventSynchronize(self->work) : cudaSuccess;
+  cudaError_t result = cudaSuccess;
+  for (int lane = 0; lane < KERNEL_LANES; lane++) {
+    cudaError_t error = self->work[lane] ? cudaEventSynchronize(self->work[lane]) : cudaSuccess;
+    if (error != cudaSuccess) result = error;
+  }
+  return result;
 }
 
 /* ---- agreement ---- */
@@ -255,11 +260,12 @@ static void group_set_kernel(ultraepGroup_t group) {
 /* What ranks need to meet at all: nothing here depends on the config but the number of routes. */
 static ultraepResult_t group_make_meeting(ncclRank_t *self, int maxRoutes) {
   size_t failure = group_align(sizeof(kernelFailure_t));
-  size_t pinned = failure + (size_t)maxRoutes * sizeof(kernelRouteStatus_t);
+  size_t pinned = failure + (size_t)maxRoutes * KERNEL_LANES * sizeof(kernelRouteStatus_t);
   size_t agree = NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1);
   char *mapped = NULL;
   cudaError_t error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
-  if (error == cudaSuccess) error = cudaEventCreateWithFlags(&self->work, cudaEventDisableTiming);
+  for (int lane = 0; lane < KERNEL_LANES && error == cudaSuccess; lane++)
+    error = cudaEventCreateWithFlags(&self->work[lane], cudaEventDisableTiming);
   if (error == cudaSuccess) error = cudaHostAlloc(&self->pinned, pinned, cudaHostAllocMapped);
   if (error == cudaSuccess) error = cudaHostGetDevicePointer((void **)&mapped, self->pinned, 0);
   if (error != cudaSuccess) return nccl_cuda_error(error, "a group's memory");
@@ -282,6 +288,7 @@ static ultraepResult_t group_allocate(ultraepGroup_t group) {
   if (!self->deviceBlock) return ultraepUnhandledCudaError;
   self->kernel.failure = self->deviceFailure;
   self->kernel.state = self->deviceBlock;
+  nccl_kernel_set_lane(&self->kernel, KERNEL_LANE_EXCHANGE);
   self->kernel.chunkCounts = (int32_t *)((char *)self->deviceBlock + state);
   group->privateBytes = (int64_t)(state + counts + NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1));
   return ultraepSuccess;
@@ -300,7 +307,8 @@ static void group_release(ncclRank_t *self) {
     (void)cudaFreeHost(self->pinned);
   }
   peer_socket_close(&self->socket);
-  if (self->work) (void)cudaEventDestroy(self->work);
+  for (int lane = 0; lane < KERNEL_LANES; lane++)
+    if (self->work[lane]) (void)cudaEventDestroy(self->work[lane]);
   if (self->stream && !self->isStuck) (void)cudaStreamDestroy(self->stream);
   free(self->regions);
   free(self);

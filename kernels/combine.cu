@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
     combineKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                   const __grid_constant__ kernelExchange_t x) {
   extern __shared__ __align__(16) char combineMemory[];
-  if (route.status->code != kSuccess) return; // alike on every rank
+  if (routeRefuses(g, route)) return; // alike on every rank
   auto *bases = reinterpret_cast<const char **>(combineMemory);
-  uint32_t call = g.state->calls + 1;
+  uint32_t call = callOf(g);
   for (int r = threadIdx.x; r < g.planner.nRanks; r += blockDim.x)
     bases[r] = x.peerRows[r] + x.peerRowsOffset;
   int warps = blockDim.x / kWarp, first = int(blockIdx.x) * warps + int(threadIdx.x) / kWarp;

@@ -12,8 +12,8 @@ __global__ void __launch_bounds__(kMaxDispatchWarps *kWarp, 1)
                    const __grid_constant__ kernelExchange_t x, const DispatchShape shape) {
   extern __shared__ __align__(128) char dispatchMemory[];
   __shared__ uint64_t barriers[kMaxDispatchWarps * kBuffers];
-  if (route.status->code != kSuccess) return; // alike on every rank
-  uint32_t call = g.state->calls + 1;
+  if (routeRefuses(g, route)) return; // alike on every rank
+  uint32_t call = callOf(g);
   DispatchMemory memory(dispatchMemory, g, shape);
   memory.fillTable(g, x);
   int other, warp = int(threadIdx.x) / kWarp;

@@ -262,8 +262,8 @@ __device__ inline bool dispatchRun(const DispatchContext &c, const DispatchMemor
     if (!alive || !c.x.once) return;
     int ignored;
     alive = gridBarrier(c.g, 1, KERNEL_PHASE_DISPATCH);
-    if (alive && blockIdx.x == 0) raiseFlags(c.g, KERNEL_FLAG_DONE, call, c.x.check);
-    if (alive) alive = waitFlags(c.g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, c.x.check, &ignored);
+    if (alive && blockIdx.x == 0) raiseFlags(c.g, doneKind(c.g), call, c.x.check);
+    if (alive) alive = waitFlags(c.g, doneKind(c.g), call, KERNEL_PHASE_DISPATCH, c.x.check, &ignored);
     if (alive && moves) dispatchSpread(c, memory.chains, first, stride, move);
     written();
   };

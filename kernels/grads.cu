@@ -267,10 +267,10 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
     gradsKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                 const __grid_constant__ kernelExperts_t x) {
   extern __shared__ __align__(16) char gradsMemory[];
-  int32_t code = route.status->code; // alike on every rank
-  uint32_t call = g.state->calls + 1;
+  bool refused = routeRefuses(g, route); // alike on every rank
+  uint32_t call = callOf(g);
   bool hasReplicas = planHasReplicas(g, route);
-  if (code != kSuccess || !hasReplicas) return; // alike on every rank too: nobody need meet
+  if (refused || !hasReplicas) return; // alike on every rank too: nobody need meet
   auto *chains = reinterpret_cast<Chain *>(gradsMemory);
   int nChains, other;
   bool alive =

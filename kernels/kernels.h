@@ -53,16 +53,25 @@ int kernelsLoad(void);
 
 /* ---- a rank's part of a group ---- */
 
-/* OPEN: a rank is in its n-th collective call, whose check word tells which call that is. It has two kinds,
- * by parity of the call, since a fast rank may be one call ahead. DONE: the rank has finished its part; META:
- * metadata of a route has arrived. GONE: set by a rank that leaves the group; ends waits for that rank. After
- * the flags comes one word, the failure mark: code << 32 | rank + 1 of the rank to blame; ends every wait. */
+/* A group's kernels are in two lanes, which may run at the same time. Each has its own count of calls and its
+ * own flags for them; within a lane one kernel runs at a time. */
 enum {
-  KERNEL_FLAG_OPEN = 0,
-  KERNEL_FLAG_DONE = 2,
-  KERNEL_FLAG_META = 3,
-  KERNEL_FLAG_GONE = 4,
-  KERNEL_FLAG_KINDS = 5
+  KERNEL_LANE_EXCHANGE = 0, /* routes, dispatch, combine */
+  KERNEL_LANE_EXPERTS = 1,  /* weights, gradients */
+  KERNEL_LANES = 2
+};
+
+/* OPEN: a rank is in its lane's n-th collective call, whose check word tells which call that is. A lane has
+ * two kinds, by parity of the call, since a fast rank may be one call ahead. DONE: the rank has finished its
+ * part; one kind a lane. META: metadata of a route has arrived. GONE: set by a rank that leaves the group;
+ * ends waits for that rank. After the flags comes one word, the failure mark: phase << 48 | code << 32 |
+ * rank + 1 of the rank to blame; ends every wait, in both lanes. */
+enum {
+  KERNEL_FLAG_OPEN = 0,                                   /* + 2 * lane + parity */
+  KERNEL_FLAG_DONE = KERNEL_FLAG_OPEN + 2 * KERNEL_LANES, /* + lane */
+  KERNEL_FLAG_META = KERNEL_FLAG_DONE + KERNEL_LANES,
+  KERNEL_FLAG_GONE,
+  KERNEL_FLAG_KINDS
 };
 /* Beside a route's check word: the rank met an expert out of range. */
 #define KERNEL_CHECK_BAD_ENTRY 0x80000000u
@@ -93,13 +102,19 @@ typedef struct {
   int32_t source;  /* the token's rank */
 } kernelMeta_t;
 
+/* One lane's part of that which follows. */
+typedef struct {
+  uint32_t calls;      /* collective calls that have finished */
+  uint32_t arrived[2]; /* blocks at each barrier of the kernel that runs */
+  uint32_t left;       /* blocks that have finished */
+} kernelLane_t;
+
 /* Device memory of one rank that only its own kernels touch. All zero at first. */
 typedef struct {
-  uint32_t calls;                                 /* collective calls that have finished */
-  uint32_t arrived[2];                            /* blocks at each barrier of the kernel that runs */
-  uint32_t left;                                  /* blocks that have finished */
+  kernelLane_t lanes[KERNEL_LANES];
   uint32_t badEntry;                              /* the route under way met an expert out of range */
   int32_t failed;                                 /* ultraepResult_t once the group has failed */
+  uint32_t isRecorded;                            /* and once the host's record of that is whole */
   unsigned long long dispatchBytes, combineBytes; /* rows that crossed ranks */
   unsigned long long weightBytes, gradBytes;      /* copied into slots, read from slots */
 } kernelState_t;
@@ -110,14 +125,16 @@ typedef struct {
   int32_t rank, topK, alignment;
   int32_t usesMeta;    /* 1: rows' parts in their tokens travel; 2: and are needed before the next exchange */
   int32_t nSegments;   /* E/R + the config's S */
+  int32_t lane;        /* KERNEL_LANE_..., of the kernel */
   int32_t nBlocks;     /* at most, of one kernel */
   int32_t sharedBytes; /* of a block at most, on this device */
   int32_t hasBulk;     /* the device has bulk copies (sm_90 and later) */
   int64_t maxRecvRows;
   uint64_t timeoutNs;
-  size_t loadsOffset;   /* in a window: int32 [2][R][E], by parity of the call */
+  size_t loadsOffset;   /* in a window: int32 [2][R][E], by parity of the lane's call */
   char *const *windows; /* [R] device array: every rank's window as seen from here */
   kernelState_t *state;
+  kernelLane_t *laneState;  /* state->lanes + lane: the fused kernel has no register to spare */
   kernelFailure_t *failure; /* as mapped to the device */
   int32_t *chunkCounts;     /* [nBlocks][E] */
 } kernelGroup_t;
@@ -131,7 +148,10 @@ typedef struct {
   int32_t row;
 } kernelPlace_t;
 
-/* How an update of a route came out. code and nUpdates are one 64-bit word, written last. */
+/* How an update of a route came out, or a later call in which ranks found that they differ. Each lane has its
+ * own: an update sets both, and a difference only that of the lane where it was found, for calls of the other
+ * lane run meanwhile and must be refused on all ranks or on none. code and nUpdates are one 64-bit word,
+ * written last. */
 typedef struct {
   int32_t code;     /* ultraepResult_t */
   int32_t nUpdates; /* the number of the update that was enqueued last; replays of a graph do not count */
@@ -151,7 +171,7 @@ typedef struct {
   /* [2 * KERNEL_MAX_TENSORS][nSegments] where each local instance's weights, then gradients, are: in the
    * layer of the last weights sync. Null pointers before that. */
   void **pointers;
-  kernelRouteStatus_t *status;
+  kernelRouteStatus_t *status;     /* [KERNEL_LANES] */
   kernelRouteStatus_t *hostStatus; /* the same in mapped host memory */
   size_t metaOffset;               /* in a window: kernelMeta_t [maxRecvRows], where usesMeta */
 } kernelRoute_t;

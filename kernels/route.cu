@@ -8,7 +8,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
     routeKernel(const __grid_constant__ kernelGroup_t g, const __grid_constant__ kernelRoute_t route,
                 const __grid_constant__ kernelUpdate_t update, RouteShape shape) {
   __shared__ PlanShared shared;
-  uint32_t call = g.state->calls + 1;
+  uint32_t call = callOf(g);
   RouteOutcome out = routeRun(g, route, update, shape, shared, call);
   if (!lastBlockOut(g)) return;
   int ignored;

@@ -150,7 +150,7 @@ __device__ inline void routePublish(const kernelGroup_t &g, const RouteShared &s
   __syncthreads();
   if (*reinterpret_cast<volatile uint32_t *>(&g.state->badEntry) != 0) check |= KERNEL_CHECK_BAD_ENTRY;
   for (int i = threadIdx.x; int(blockIdx.x) + i * nBlocks < nRanks; i += blockDim.x) {
-    storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, KERNEL_FLAG_OPEN + int(call & 1), g.rank),
+    storeReleaseSystem(flagOf(g, blockIdx.x + i * nBlocks, openKind(g, call), g.rank),
                        uint64_t(check) << 32 | call);
   }
 }
@@ -419,8 +419,7 @@ __device__ inline RouteOutcome routeRun(const kernelGroup_t &g, const kernelRout
   out.alive = gridBarrier(g, 0, KERNEL_PHASE_ROUTE);
   if (out.alive) {
     routePublish(g, s, call, update.check);
-    out.alive =
-        waitFlags(g, KERNEL_FLAG_OPEN + int(call & 1), call, KERNEL_PHASE_ROUTE, update.check, &other, &bad);
+    out.alive = waitFlags(g, openKind(g, call), call, KERNEL_PHASE_ROUTE, update.check, &other, &bad);
   }
   if (!out.alive) return out;
   const int32_t *loads = routeStage(g, s, call);
@@ -447,10 +446,10 @@ __device__ inline void routeConclude(const kernelGroup_t &g, const kernelRoute_t
                                      const kernelUpdate_t &update, kernelRouteStatus_t status,
                                      uint32_t call) {
   if (hasFailed(g)) status = {g.state->failed, 0, -1, 0, 0};
-  status.nUpdates = update.number != 0 ? update.number : route.status->nUpdates;
-  concludeRoute(route, status);
+  status.nUpdates = update.number != 0 ? update.number : route.status[g.lane].nUpdates;
+  for (int lane = 0; lane < KERNEL_LANES; lane++) concludeRoute(route, lane, status);
   g.state->badEntry = 0;
-  resetState(g, call);
+  resetLane(g, call);
 }
 
 // As many counting warps as shared memory holds; a block for every few tokens, up to the group's limit.

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
                         const DispatchShape shape) {
   __shared__ PlanShared shared;
   __shared__ uint64_t barriers[kMaxDispatchWarps * kBuffers];
-  uint32_t call = g.state->calls + 1;
+  uint32_t call = callOf(g);
   RouteOutcome out = routeRun(g, route, update, routeShape, shared, call);
   bool alive = out.alive && out.status.code == kSuccess;
   // The plan's memory becomes the rows' buffers.
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   if (!lastBlockOut(g)) return;
   int ignored;
   if (alive && !x.once && !hasFailed(g)) { // ONCE has raised DONE before it spread
-    raiseFlags(g, KERNEL_FLAG_DONE, call, x.check);
-    waitFlags(g, KERNEL_FLAG_DONE, call, KERNEL_PHASE_DISPATCH, x.check, &ignored);
+    raiseFlags(g, doneKind(g), call, x.check);
+    waitFlags(g, doneKind(g), call, KERNEL_PHASE_DISPATCH, x.check, &ignored);
   }
   if (threadIdx.x == 0) routeConclude(g, route, update, out.status, call);
 }

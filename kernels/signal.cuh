@@ -2,7 +2,8 @@
 //
 // Calls are counted in device memory (kernelState_t), so a replayed CUDA graph waits for new flags, not old
 // ones. A wait ends with the flag, with the group's failure, or with the timeout; afterwards the kernel
-// leaves by its normal path.
+// leaves by its normal path. Kernels of the other lane may run at the same time: of what is here they share
+// failures alone.
 #ifndef ULTRAEP_SIGNAL_CUH_
 #define ULTRAEP_SIGNAL_CUH_
 
@@ -28,23 +29,44 @@ __device__ __forceinline__ uint64_t *flagOf(const kernelGroup_t &g, int at, int 
 __device__ __forceinline__ uint64_t *failMarkOf(const kernelGroup_t &g, int at) {
   return flagOf(g, at, KERNEL_FLAG_KINDS, 0);
 }
+// The kinds of this lane's flags.
+__device__ __forceinline__ int openKind(const kernelGroup_t &g, uint32_t call) {
+  return KERNEL_FLAG_OPEN + 2 * g.lane + int(call & 1);
+}
+__device__ __forceinline__ int doneKind(const kernelGroup_t &g) {
+  return KERNEL_FLAG_DONE + g.lane;
+}
+
+// The number of the call that this kernel is.
+__device__ __forceinline__ uint32_t callOf(const kernelGroup_t &g) {
+  return g.laneState->calls + 1;
+}
+// Whether calls of this lane are refused on the route: alike on every rank.
+__device__ __forceinline__ bool routeRefuses(const kernelGroup_t &g, const kernelRoute_t &route) {
+  return route.status[g.lane].code != kSuccess;
+}
 
 __device__ __forceinline__ bool hasFailed(const kernelGroup_t &g) {
   return *reinterpret_cast<const volatile int32_t *>(&g.state->failed) != 0;
 }
 
-// The first failure stands: recorded for the host, told to every peer with the rank to blame. By one thread.
-__device__ inline void failGroup(const kernelGroup_t &g, int32_t code, int32_t phase, int32_t rank) {
+// The first failure stands: recorded for the host as `code`, told to every peer as `told`, both with the
+// phase and the rank to blame. By one thread.
+__device__ inline void failGroup(const kernelGroup_t &g, int32_t code, int32_t phase, int32_t rank,
+                                 int32_t told) {
   if (atomicCAS(&g.state->failed, 0, code) != 0) return;
   volatile kernelFailure_t *failure = g.failure;
   failure->phase = phase;
   failure->rank = rank;
   __threadfence_system();
   failure->code = code;
-  __threadfence_system();
+  storeReleaseSystem(&g.state->isRecorded, 1);
   for (int r = 0; r < g.planner.nRanks; r++)
     if (r != g.rank)
-      storeReleaseSystem(failMarkOf(g, r), uint64_t(uint32_t(code)) << 32 | uint32_t(rank + 1));
+      storeReleaseSystem(failMarkOf(g, r), uint64_t(phase) << 48 | uint64_t(told) << 32 | uint32_t(rank + 1));
+}
+__device__ inline void failGroup(const kernelGroup_t &g, int32_t code, int32_t phase, int32_t rank) {
+  failGroup(g, code, phase, rank, code);
 }
 
 // What ends a wait besides its flag: a failure here or told by a peer, and, where the host is looked at too
@@ -53,9 +75,13 @@ __device__ inline bool groupIsOver(const kernelGroup_t &g, int32_t phase, bool l
   if (hasFailed(g)) return true;
   uint64_t mark = loadAcquireSystem(failMarkOf(g, g.rank));
   if (mark != 0) {
-    int32_t code = int32_t(mark >> 32), culprit = int32_t(uint32_t(mark)) - 1;
-    // A rank that is blamed for not coming did not wait itself: the others gave up.
-    failGroup(g, code == kTimeout && culprit == g.rank ? kRemoteError : code, phase, culprit);
+    int32_t where = int32_t(mark >> 48), told = int32_t(mark >> 32 & 0xffff),
+            culprit = int32_t(uint32_t(mark)) - 1;
+    // The failure may be in the other lane. A host that aborts tells no phase.
+    if (where != KERNEL_PHASE_NONE) phase = where;
+    // A rank that is blamed for not coming did not wait itself: the others gave up. Those hear from it what
+    // it was told.
+    failGroup(g, told == kTimeout && culprit == g.rank ? kRemoteError : told, phase, culprit, told);
   } else if (lookAtHost && *reinterpret_cast<const volatile int32_t *>(&g.failure->abort) != 0) {
     failGroup(g, kRemoteError, phase, g.rank);
   }
@@ -92,10 +118,10 @@ __device__ inline bool gridBarrier(const kernelGroup_t &g, int at, int32_t phase
   __shared__ bool passed;
   __syncthreads();
   if (threadIdx.x == 0) {
-    addReleaseDevice(&g.state->arrived[at], 1);
+    addReleaseDevice(&g.laneState->arrived[at], 1);
     uint64_t start = nowNs();
     passed = true;
-    for (int polls = 1; loadAcquireDevice(&g.state->arrived[at]) < gridDim.x; polls++) {
+    for (int polls = 1; loadAcquireDevice(&g.laneState->arrived[at]) < gridDim.x; polls++) {
       if (polls % kPollsBetweenLooks != 0) continue;
       if (!groupIsOver(g, phase, true) && nowNs() - start > g.timeoutNs)
         failGroup(g, kTimeout, phase, g.rank);
@@ -114,30 +140,33 @@ __device__ inline bool lastBlockOut(const kernelGroup_t &g) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = addAcquireReleaseDevice(&g.state->left, 1) == gridDim.x - 1;
+    last = addAcquireReleaseDevice(&g.laneState->left, 1) == gridDim.x - 1;
   }
   __syncthreads();
   return last;
 }
 
-// What the last block of a kernel does at its end: the counters are ready for the next kernel.
-__device__ inline void resetState(const kernelGroup_t &g, uint32_t call) {
-  for (uint32_t &blocks : g.state->arrived) blocks = 0;
-  g.state->left = 0;
-  g.state->calls = call;
+// What the last block of a kernel does at its end: the lane's counters are ready for its next kernel. A
+// kernel that leaves for a failure found in the other lane does not end before the host can know of it.
+__device__ inline void resetLane(const kernelGroup_t &g, uint32_t call) {
+  while (hasFailed(g) && loadAcquireDevice(&g.state->isRecorded) == 0) {
+  }
+  for (uint32_t &blocks : g.laneState->arrived) blocks = 0;
+  g.laneState->left = 0;
+  g.laneState->calls = call;
 }
 
-// Sets a route's status; the host's copy is whole once its last word, nUpdates and code, is there. By one
-// thread.
-__device__ inline void concludeRoute(const kernelRoute_t &route, kernelRouteStatus_t status) {
-  *route.status = status;
+// Sets a route's status for a lane's calls; the host's copy is whole once its last word, nUpdates and code,
+// is there. By one thread.
+__device__ inline void concludeRoute(const kernelRoute_t &route, int lane, kernelRouteStatus_t status) {
+  volatile kernelRouteStatus_t *host = &route.hostStatus[lane];
+  route.status[lane] = status;
   if (status.code != kSuccess) { // nobody reads the rest of a success
-    volatile kernelRouteStatus_t *host = route.hostStatus;
     host->rank = status.rank;
     host->rows = status.rows;
     __threadfence_system();
   }
-  *reinterpret_cast<volatile uint64_t *>(&route.hostStatus->code) =
+  *reinterpret_cast<volatile uint64_t *>(&host->code) =
       uint64_t(uint32_t(status.nUpdates)) << 32 | uint32_t(status.code);
 }
 
@@ -186,11 +215,11 @@ __device__ inline bool waitFlags(const kernelGroup_t &g, int kind, uint32_t call
 // move; *other is the lowest rank in another call or with other places, -1 if none: all ranks see a
 // difference alike, and none goes on.
 __device__ inline void raiseOpen(const kernelGroup_t &g, uint32_t check, uint32_t call) {
-  if (blockIdx.x == 0) raiseFlags(g, KERNEL_FLAG_OPEN + int(call & 1), call, check);
+  if (blockIdx.x == 0) raiseFlags(g, openKind(g, call), call, check);
 }
 __device__ inline bool waitOpen(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
                                 int *other) {
-  bool alive = waitFlags(g, KERNEL_FLAG_OPEN + int(call & 1), call, phase, check, other);
+  bool alive = waitFlags(g, openKind(g, call), call, phase, check, other);
   return alive && *other < 0;
 }
 __device__ inline bool openExchange(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
@@ -207,12 +236,13 @@ __device__ inline void closeExchange(const kernelGroup_t &g, const kernelRoute_t
   if (!lastBlockOut(g)) return;
   int ignored;
   if (raise && !hasFailed(g)) {
-    raiseFlags(g, KERNEL_FLAG_DONE, call, check);
-    waitFlags(g, KERNEL_FLAG_DONE, call, phase, check, &ignored, nullptr, extraNs);
+    raiseFlags(g, doneKind(g), call, check);
+    waitFlags(g, doneKind(g), call, phase, check, &ignored, nullptr, extraNs);
   }
   if (threadIdx.x != 0) return;
-  if (other >= 0 && !hasFailed(g)) concludeRoute(route, {kInvalidUsage, route.status->nUpdates, other, 0, 0});
-  resetState(g, call);
+  if (other >= 0 && !hasFailed(g))
+    concludeRoute(route, g.lane, {kInvalidUsage, route.status[g.lane].nUpdates, other, 0, 0});
+  resetLane(g, call);
 }
 
 } // namespace ultraep

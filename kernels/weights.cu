@@ -310,10 +310,10 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
                   const __grid_constant__ kernelExperts_t x, int nStages) {
   extern __shared__ __align__(128) char weightsMemory[];
   __shared__ Share windows[kPortableThreads];
-  int32_t code = route.status->code; // alike on every rank
-  uint32_t call = g.state->calls + 1;
+  bool refused = routeRefuses(g, route); // alike on every rank
+  uint32_t call = callOf(g);
   bool hasReplicas = planHasReplicas(g, route);
-  if (code != kSuccess) return;
+  if (refused) return;
   if (!hasReplicas) { // alike on every rank too: nobody need meet
     if (blockIdx.x == 0) fillPointers(g, route, x);
     return;

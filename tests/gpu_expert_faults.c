@@ -48,8 +48,8 @@ static const char *fault_pretend(const gpuWorld_t *world, const gpuExpertSide_t 
   uint64_t word = 0;
   RANK_CUDA(cudaMemcpyAsync(&state, self->kernel.state, sizeof(state), cudaMemcpyDeviceToHost, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
-  uint32_t call = state.calls + 1;
-  size_t flags = (KERNEL_FLAG_OPEN + (call & 1)) * (size_t)nRanks;
+  uint32_t call = state.lanes[KERNEL_LANE_EXPERTS].calls + 1;
+  size_t flags = (KERNEL_FLAG_OPEN + 2 * KERNEL_LANE_EXPERTS + (call & 1)) * (size_t)nRanks;
   while ((uint32_t)word != call) {
     RANK_CHECK(gpu_world_seconds() - start < 10, "the others did not come");
     RANK_CUDA(cudaMemcpyAsync(&word, self->window.peers[rank] + (flags + (size_t)other) * sizeof(word),
