@@ -1,5 +1,6 @@
 #include "gpu_expert_case.h"
 
+#include "gpu_copy.h"
 #include "nccl_backend.h"
 
 #include <stdlib.h>
@@ -165,8 +166,8 @@ const char *gpu_experts_places(const gpuExperts_t *x, ultraepRoute_t route, bool
   return NULL;
 }
 
-static const char *compare_tensors(const gpuExperts_t *x, gpuExpertRank_t *rank, int from, int to,
-                                   cudaStream_t stream) {
+const char *gpu_experts_compare(const gpuExperts_t *x, gpuExpertRank_t *rank, int from, int to,
+                                cudaStream_t stream) {
   static _Thread_local gpuPlaces_t host, device;
   RANK_DO(gpu_experts_places(x, rank->host.side.route, false, stream, &host));
   RANK_DO(gpu_experts_places(x, rank->device.side.route, true, stream, &device));
@@ -188,8 +189,7 @@ static const char *compare_tensors(const gpuExperts_t *x, gpuExpertRank_t *rank,
   return NULL;
 }
 
-/* Every instance's gradient gets values of its own, the same on both backends. */
-static const char *fill_grads(const gpuExperts_t *x, gpuExpertRank_t *rank, cudaStream_t stream) {
+const char *gpu_experts_fill_grads(const gpuExperts_t *x, gpuExpertRank_t *rank, cudaStream_t stream) {
   static _Thread_local gpuPlaces_t host, device;
   RANK_DO(gpu_experts_places(x, rank->host.side.route, false, stream, &host));
   RANK_DO(gpu_experts_places(x, rank->device.side.route, true, stream, &device));
@@ -229,6 +229,74 @@ const char *gpu_experts_compare_counters(const gpuExpertRank_t *rank) {
   return NULL;
 }
 
+/* ---- what syncs left in the slots ---- */
+
+const char *gpu_kept_make(gpuWorld_t *world, const gpuExperts_t *x, const gpuExpertRank_t *rank, int nSyncs,
+                          gpuKept_t *made) {
+  static _Thread_local gpuPlaces_t places;
+  const gpuSide_t *side = &rank->device.side;
+  cudaStream_t stream = world->streams[side->rank];
+  *made = (gpuKept_t){.nSyncs = nSyncs,
+                      .nSlots = x->shape.config.nSlots,
+                      .nLocal = gpu_experts_local(x, world),
+                      .slotBytes = group_slot_offset(side->group, x->nWeights, 0)};
+  size_t n = (size_t)nSyncs;
+  RANK_CHECK(made->layer = calloc(n, sizeof(*made->layer)), "no memory");
+  RANK_CUDA(cudaMalloc((void **)&made->stage, n * made->slotBytes));
+  RANK_CUDA(cudaMalloc((void **)&made->experts, n * (size_t)made->nSlots * sizeof(int32_t)));
+  RANK_MEET(world);
+  RANK_DO(gpu_device_inputs(side, &rank->data, stream));
+  RANK_DO(gpu_experts_forward(x, &rank->device, 0, stream));
+  RANK_CUDA(cudaStreamSynchronize(stream));
+  RANK_DO(gpu_experts_places(x, side->route, true, stream, &places));
+  made->slots = places.tensors[0][made->nLocal];
+  RANK_MEET(world);
+  return NULL;
+}
+
+const char *gpu_kept_free(gpuKept_t *k) {
+  free(k->layer);
+  RANK_CUDA(cudaFree(k->stage));
+  RANK_CUDA(cudaFree(k->experts));
+  return NULL;
+}
+
+const char *gpu_keep(const gpuKept_t *k, ultraepRoute_t route, int sync, cudaStream_t stream) {
+  ultraepSegments_t s;
+  RANK_OK(ultraepRouteSegments(route, &s));
+  RANK_CUDA((cudaError_t)gpu_copy(k->stage + (size_t)sync * k->slotBytes, k->slots, k->slotBytes, stream));
+  RANK_CUDA((cudaError_t)gpu_copy(k->experts + sync * k->nSlots, s.expert + k->nLocal,
+                                  (size_t)k->nSlots * sizeof(int32_t), stream));
+  return NULL;
+}
+
+const char *gpu_kept_check(const gpuExperts_t *x, ultraepGroup_t group, const gpuKept_t *k,
+                           int64_t *nReplicas) {
+  static _Thread_local unsigned char want[65536];
+  int nSlots = k->nSlots;
+  size_t nExperts = (size_t)(k->nSyncs * nSlots);
+  unsigned char *stage = malloc(k->slotBytes);
+  int32_t *experts = malloc(nExperts * sizeof(*experts));
+  RANK_CHECK(stage && experts, "no memory");
+  RANK_CUDA(cudaMemcpy(experts, k->experts, nExperts * sizeof(*experts), cudaMemcpyDeviceToHost));
+  for (int i = 0; i < k->nSyncs; i++) {
+    RANK_CUDA(cudaMemcpy(stage, k->stage + (size_t)i * k->slotBytes, k->slotBytes, cudaMemcpyDeviceToHost));
+    for (int s = 0; s < nSlots; s++) {
+      int expert = experts[i * nSlots + s];
+      *nReplicas += expert >= 0;
+      for (int t = 0; t < x->nWeights && expert >= 0; t++) {
+        gpu_experts_fill(want, x->bytes[t], k->layer[i], t, expert);
+        RANK_CHECK(memcmp(want, stage + group_slot_offset(group, t, s), x->bytes[t]) == 0,
+                   "sync %d, layer %d, slot %d: not the weights %d of expert %d", i, k->layer[i], s, t,
+                   expert);
+      }
+    }
+  }
+  free(stage);
+  free(experts);
+  return NULL;
+}
+
 /* ---- both backends do the same ---- */
 
 const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int number, gpuExpertRank_t *rank) {
@@ -252,9 +320,9 @@ const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int numbe
     RANK_DO(gpu_experts_forward(x, &rank->device, layer, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_OK(ultraepGroupStatus(rank->device.side.group, NULL));
-  RANK_DO(compare_tensors(x, rank, 0, x->nWeights, stream));
+  RANK_DO(gpu_experts_compare(x, rank, 0, x->nWeights, stream));
   if (x->nGrads == 0) return NULL;
-  RANK_DO(fill_grads(x, rank, stream));
+  RANK_DO(gpu_experts_fill_grads(x, rank, stream));
   RANK_MEET(world);
   RANK_OK(ultraepGradsReduce(rank->host.side.route, 3 * layer, NULL));
   if (x->usesGraphs)
@@ -262,7 +330,7 @@ const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int numbe
   else
     RANK_DO(experts_backward(x, &rank->device, layer, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
-  return compare_tensors(x, rank, x->nWeights, x->nWeights + x->nGrads, stream);
+  return gpu_experts_compare(x, rank, x->nWeights, x->nWeights + x->nGrads, stream);
 }
 
 gpuExperts_t gpu_experts_hot(void) {

@@ -44,6 +44,16 @@ typedef struct {
   unsigned char *tensors[GPU_EXPERT_TENSORS][GPU_EXPERT_SEGMENTS]; /* in memory of the route's backend */
 } gpuPlaces_t;
 
+/* What lay in the slots after each of a number of syncs, on the device. */
+typedef struct {
+  int nSyncs, nSlots, nLocal;
+  size_t slotBytes;
+  const unsigned char *slots;
+  unsigned char *stage; /* [nSyncs][slots' weights] */
+  int32_t *experts;     /* [nSyncs][S] */
+  int *layer;           /* [nSyncs], on the host */
+} gpuKept_t;
+
 /* Local experts of a rank. */
 int gpu_experts_local(const gpuExperts_t *x, const gpuWorld_t *world);
 /* The bytes of one expert's tensor, which differ by layer, tensor and expert. */
@@ -60,9 +70,24 @@ const char *gpu_experts_forward(const gpuExperts_t *x, const gpuExpertSide_t *si
                                 cudaStream_t stream);
 /* Update, sync and reduction on both backends with new inputs, all results compared. */
 const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int number, gpuExpertRank_t *rank);
+/* What of it can stand alone: every instance's gradients get values of their own, the same on both backends;
+ * tensors from..to-1 are compared. */
+const char *gpu_experts_fill_grads(const gpuExperts_t *x, gpuExpertRank_t *rank, cudaStream_t stream);
+const char *gpu_experts_compare(const gpuExperts_t *x, gpuExpertRank_t *rank, int from, int to,
+                                cudaStream_t stream);
 const char *gpu_experts_compare_counters(const gpuExpertRank_t *rank);
 const char *gpu_experts_places(const gpuExperts_t *x, ultraepRoute_t route, bool onDevice,
                                cudaStream_t stream, gpuPlaces_t *p);
+
+/* Collective: a first sync, of layer 0 with the rank's data, tells where the slots are. */
+const char *gpu_kept_make(gpuWorld_t *world, const gpuExperts_t *x, const gpuExpertRank_t *rank, int nSyncs,
+                          gpuKept_t *made);
+const char *gpu_kept_free(gpuKept_t *k);
+/* What lies in the slots now, kept by a kernel in the stream's order. */
+const char *gpu_keep(const gpuKept_t *k, ultraepRoute_t route, int sync, cudaStream_t stream);
+/* All of it must be the weights of k->layer; adds the number of replicas to *nReplicas. */
+const char *gpu_kept_check(const gpuExperts_t *x, ultraepGroup_t group, const gpuKept_t *k,
+                           int64_t *nReplicas);
 
 /* One hot expert on eight ranks: the longest chain, all ranks in it. */
 gpuExperts_t gpu_experts_hot(void);

@@ -1,6 +1,6 @@
 /* Faults in weights syncs and gradient reductions on GPUs: a rank that does not come, or stops or aborts amid
- * the relay. The others must learn which rank it was within twice the timeout. Then mistakes that a group
- * survives. */
+ * the relay. The others must learn which rank it was within twice the timeout, also while exchanges go on in
+ * another stream. Then mistakes that a group survives. */
 #include "gpu_expert_case.h"
 
 #include "nccl_backend.h"
@@ -126,6 +126,102 @@ static void test_faults(void **state) {
   gpu_world_free(&world);
 }
 
+/* ---- a fault in one lane, while the other goes on ---- */
+
+#define LANE_ROUNDS_BEFORE_ABORT 3
+
+typedef enum { LANE_NO_SYNC, LANE_NO_EXCHANGE, LANE_ABORT, LANE_FAULTS } laneFault_t;
+static const char *const laneFaultNames[] = {"never syncs", "never dispatches", "aborts"};
+
+typedef struct {
+  gpuExperts_t x;
+  laneFault_t fault;
+  int victim;
+} lanePlan_t;
+
+/* Calls in the lane that goes on, until one tells that the group has failed. Sets *nRounds to those that did
+ * not. */
+static const char *lane_go_on(const lanePlan_t *plan, const gpuExpertSide_t *side, cudaStream_t stream,
+                              int *nRounds) {
+  double start = gpu_world_seconds();
+  for (*nRounds = 0; ultraepGroupStatus(side->side.group, NULL) == ultraepSuccess; ++*nRounds) {
+    RANK_CHECK(gpu_world_seconds() - start < 60, "the group does not fail");
+    if (plan->fault == LANE_ABORT && side->side.rank == plan->victim && *nRounds == LANE_ROUNDS_BEFORE_ABORT)
+      RANK_OK(ultraepGroupAbort(side->side.group));
+    if (plan->fault == LANE_NO_EXCHANGE)
+      (void)ultraepWeightsSync(side->side.route, 0, stream);
+    else
+      (void)ultraepAllToAll(side->side.tokens, side->side.rows, ULTRAEP_DISPATCH, side->side.route, stream);
+    RANK_CUDA(cudaStreamSynchronize(stream));
+  }
+  return NULL;
+}
+
+static const char *lane_calls(const lanePlan_t *plan, const gpuExpertSide_t *side, cudaStream_t stream,
+                              cudaStream_t beside) {
+  bool isVictim = side->side.rank == plan->victim;
+  ultraepResult_t code = plan->fault == LANE_ABORT || isVictim ? ultraepRemoteError : ultraepTimeout;
+  const char *phase = plan->fault == LANE_NO_EXCHANGE ? "dispatch" : "weights";
+  int nRounds;
+  ultraepStatus_t status;
+  double start = gpu_world_seconds();
+  if (!isVictim && plan->fault == LANE_NO_EXCHANGE)
+    RANK_OK(ultraepAllToAll(side->side.tokens, side->side.rows, ULTRAEP_DISPATCH, side->side.route, beside));
+  else if (!isVictim)
+    RANK_OK(ultraepWeightsSync(side->side.route, 0, beside));
+  RANK_DO(lane_go_on(plan, side, stream, &nRounds));
+  RANK_CUDA(cudaStreamSynchronize(beside));
+  double seconds = gpu_world_seconds() - start;
+  RANK_CHECK(nRounds > 0, "the other lane did not go on");
+  RANK_CHECK(plan->fault == LANE_ABORT || seconds <= 2e-3 * TIMEOUT_MS, "the error took %.3f s", seconds);
+  RANK_IS(ultraepGroupStatus(side->side.group, &status), code);
+  RANK_CHECK(status.missingRank == plan->victim, "status: rank %d", status.missingRank);
+  RANK_CHECK(plan->fault == LANE_ABORT || strcmp(status.phase, phase) == 0, "status: phase \"%s\"",
+             status.phase);
+  RANK_IS(ultraepWeightsSync(side->side.route, 0, beside), code);
+  RANK_IS(ultraepAllToAll(side->side.tokens, side->side.rows, ULTRAEP_DISPATCH, side->side.route, stream),
+          code);
+  return NULL;
+}
+
+static const char *lane_rank(gpuWorld_t *world, int rank, void *argument) {
+  const lanePlan_t *plan = argument;
+  cudaStream_t stream = world->streams[rank], beside;
+  gpuExpertRank_t self;
+  RANK_CUDA(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking));
+  RANK_DO(gpu_experts_make(world, &plan->x, rank, &self));
+  gpu_data_fill(&plan->x.shape, GPU_LOADS_ONE_EXPERT, &self.data, &self.random);
+  RANK_DO(gpu_device_inputs(&self.device.side, &self.data, stream));
+  RANK_CUDA(cudaStreamSynchronize(stream));
+  RANK_MEET(world);
+  RANK_DO(gpu_experts_forward(&plan->x, &self.device, 0, stream));
+  RANK_CUDA(cudaStreamSynchronize(stream));
+  RANK_MEET(world);
+  RANK_DO(lane_calls(plan, &self.device, stream, beside));
+  RANK_MEET(world);
+  RANK_OK(ultraepGroupAbort(self.device.side.group));
+  RANK_DO(gpu_experts_free(world, &self));
+  RANK_CUDA(cudaStreamDestroy(beside));
+  return NULL;
+}
+
+static void test_lanes(void **state) {
+  (void)state;
+  gpuWorld_t world;
+  const char *flaw = gpu_world_make(&world, FAULT_RANKS);
+  if (flaw) fail_msg("%s", flaw);
+  for (int i = 0; i < LANE_FAULTS; i++) {
+    lanePlan_t plan = {.x = gpu_experts_hot(), .fault = (laneFault_t)i, .victim = i};
+    plan.x.shape = gpu_shape_small(FAULT_RANKS);
+    plan.x.shape.config.nSlots = 1;
+    plan.x.shape.config.maxCtas = plan.x.shape.config.expertCtas = 2;
+    plan.x.shape.config.timeoutMs = plan.fault == LANE_ABORT ? 60000 : TIMEOUT_MS;
+    flaw = gpu_world_run(&world, lane_rank, &plan);
+    if (flaw) fail_msg("a rank %s: %s", laneFaultNames[i], flaw);
+  }
+  gpu_world_free(&world);
+}
+
 /* ---- mistakes that a group survives ---- */
 
 static const char *mistakes_rank(gpuWorld_t *world, int rank, void *argument) {
@@ -152,10 +248,16 @@ static const char *mistakes_rank(gpuWorld_t *world, int rank, void *argument) {
   RANK_DO(gpu_device_inputs(&self.device.side, &self.data, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_MEET(world);
+  RANK_DO(gpu_host_run(&self.host.side, &self.data));
+  RANK_MEET(world);
   RANK_DO(gpu_device_update(&self.device.side, route, stream));
   RANK_OK(ultraepWeightsSync(route, isLast ? 3 : 0, stream));
+  RANK_DO(gpu_device_exchange(&self.device.side, route, stream)); /* which is none of its business */
+  RANK_DO(gpu_device_outputs(&self.device.side, &self.data, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   RANK_IS(ultraepGroupStatus(group, NULL), ultraepInvalidUsage);
+  RANK_IS(ultraepWeightsSync(route, 0, stream), ultraepInvalidUsage);
+  RANK_DO(gpu_compare_data(&x->shape, &self.data));
   RANK_MEET(world);
   for (int i = 0; i < 2; i++) {
     const char *flaw = gpu_experts_step(world, x, i, &self);
@@ -177,9 +279,12 @@ static void test_mistakes(void **state) {
   gpu_world_free(&world);
 }
 
-int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_faults), cmocka_unit_test(test_mistakes)};
+/* Optional argument: which tests. */
+int main(int argc, char **argv) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_faults), cmocka_unit_test(test_lanes),
+                                     cmocka_unit_test(test_mistakes)};
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
+  if (argc > 1) cmocka_set_test_filter(argv[1]);
   return cmocka_run_group_tests_name("gpu_expert_faults", tests, NULL, NULL);
 }

@@ -1,9 +1,9 @@
 /* Replicas' weights and gradients on GPUs: after a sync every slot holds its master's bytes, after a
  * reduction every master and every slot holds what the host backend gives, bit for bit; eagerly, in replayed
- * graphs, and queued over many layers with two routes alive. And what registering takes of memory. */
+ * graphs, queued over many layers with two routes alive, and on a second stream beside exchanges. And what
+ * registering takes of memory. */
 #include "gpu_expert_case.h"
 
-#include "gpu_copy.h"
 #include "nccl_backend.h"
 
 #include <setjmp.h>
@@ -267,75 +267,31 @@ static void test_memory(void **state) {
 #define SYNCS (4 * LAYERS) /* forward on each route, then backward in the other order */
 
 typedef struct {
+  gpuKept_t kept;
   ultraepRoute_t routes[2];
-  int32_t *topk;        /* [LAYERS][2][nTokens][topK] */
-  unsigned char *stage; /* [SYNCS][slots' weights] */
-  int32_t *experts;     /* [SYNCS][S] */
-  size_t slotBytes, nEntries;
-  unsigned char *slots;
-  int layer[SYNCS];
+  int32_t *topk; /* [LAYERS][2][nTokens][topK] */
+  size_t nEntries;
 } layers_t;
 
-/* What lies in the slots now, kept by a kernel in the stream's order. */
-static const char *layers_keep(layers_t *l, ultraepRoute_t route, int nLocal, int nSlots, int sync,
-                               cudaStream_t stream) {
-  ultraepSegments_t s;
-  RANK_OK(ultraepRouteSegments(route, &s));
-  RANK_CUDA((cudaError_t)gpu_copy(l->stage + (size_t)sync * l->slotBytes, l->slots, l->slotBytes, stream));
-  RANK_CUDA((cudaError_t)gpu_copy(l->experts + sync * nSlots, s.expert + nLocal,
-                                  (size_t)nSlots * sizeof(int32_t), stream));
-  return NULL;
-}
-
-static const char *layers_enqueue(gpuWorld_t *world, const gpuExperts_t *x, gpuExpertRank_t *rank,
-                                  layers_t *l, cudaStream_t stream) {
-  int nSlots = x->shape.config.nSlots, nTokens = x->shape.nTokens[rank->device.side.rank], sync = 0;
+static const char *layers_enqueue(const layers_t *l, int nTokens, cudaStream_t stream) {
+  int sync = 0;
   for (int layer = 0; layer < LAYERS; layer++)
     for (int i = 0; i < 4; i++, sync++) { /* routes 0 1 1 0 */
       int which = i == 1 || i == 2;
       if (i < 2)
         RANK_OK(ultraepRouteUpdate(l->routes[which], l->topk + (size_t)(2 * layer + which) * l->nEntries,
                                    NULL, nTokens, stream));
-      l->layer[sync] = i < 2 ? layer : LAYERS - 1 - layer;
-      RANK_OK(ultraepWeightsSync(l->routes[which], 3 * l->layer[sync], stream));
-      RANK_DO(layers_keep(l, l->routes[which], gpu_experts_local(x, world), nSlots, sync, stream));
+      l->kept.layer[sync] = i < 2 ? layer : LAYERS - 1 - layer;
+      RANK_OK(ultraepWeightsSync(l->routes[which], 3 * l->kept.layer[sync], stream));
+      RANK_DO(gpu_keep(&l->kept, l->routes[which], sync, stream));
     }
   RANK_CUDA(cudaStreamSynchronize(stream));
-  return NULL;
-}
-
-static const char *layers_check(const gpuExperts_t *x, const gpuExpertRank_t *rank, const layers_t *l,
-                                int64_t *nReplicas) {
-  static _Thread_local unsigned char want[65536];
-  ultraepGroup_t group = rank->device.side.group;
-  int nSlots = x->shape.config.nSlots;
-  unsigned char *stage = malloc(l->slotBytes);
-  int32_t *experts = malloc(SYNCS * (size_t)nSlots * sizeof(*experts));
-  RANK_CHECK(stage && experts, "no memory");
-  RANK_CUDA(
-      cudaMemcpy(experts, l->experts, SYNCS * (size_t)nSlots * sizeof(*experts), cudaMemcpyDeviceToHost));
-  for (int i = 0; i < SYNCS; i++) {
-    RANK_CUDA(cudaMemcpy(stage, l->stage + (size_t)i * l->slotBytes, l->slotBytes, cudaMemcpyDeviceToHost));
-    for (int s = 0; s < nSlots; s++) {
-      int expert = experts[i * nSlots + s];
-      *nReplicas += expert >= 0;
-      for (int t = 0; t < x->nWeights && expert >= 0; t++) {
-        gpu_experts_fill(want, x->bytes[t], l->layer[i], t, expert);
-        RANK_CHECK(memcmp(want, stage + group_slot_offset(group, t, s), x->bytes[t]) == 0,
-                   "sync %d, layer %d, slot %d: not the weights %d of expert %d", i, l->layer[i], s, t,
-                   expert);
-      }
-    }
-  }
-  free(stage);
-  free(experts);
   return NULL;
 }
 
 static const char *layers_rank(gpuWorld_t *world, int rank, void *argument) {
   const gpuExperts_t *x = argument;
   cudaStream_t stream = world->streams[rank];
-  static _Thread_local gpuPlaces_t places;
   gpuExpertRank_t self;
   layers_t l = {.nEntries = (size_t)x->shape.nTokens[rank] * (size_t)x->shape.config.topK};
   int64_t nReplicas = 0;
@@ -343,33 +299,22 @@ static const char *layers_rank(gpuWorld_t *world, int rank, void *argument) {
   ultraepGroup_t group = self.device.side.group;
   l.routes[0] = self.device.side.route;
   RANK_OK(ultraepRouteCreate(group, &l.routes[1]));
-  l.slotBytes = group_slot_offset(group, x->nWeights, 0);
   RANK_CUDA(cudaMalloc((void **)&l.topk, (2 * LAYERS * l.nEntries + 1) * sizeof(int32_t)));
-  RANK_CUDA(cudaMalloc((void **)&l.stage, SYNCS * l.slotBytes));
-  RANK_CUDA(cudaMalloc((void **)&l.experts, SYNCS * (size_t)x->shape.config.nSlots * sizeof(int32_t)));
   for (int i = 0; i < 2 * LAYERS; i++) {
     gpu_data_fill(&x->shape, i % 3 ? GPU_LOADS_SKEW : GPU_LOADS_ONE_EXPERT, &self.data, &self.random);
     RANK_CUDA(cudaMemcpyAsync(l.topk + (size_t)i * l.nEntries, self.data.topk, l.nEntries * sizeof(int32_t),
                               cudaMemcpyHostToDevice, stream));
     RANK_CUDA(cudaStreamSynchronize(stream));
   }
-  RANK_MEET(world);
-  /* A first sync tells where the slots are. */
-  RANK_OK(ultraepRouteUpdate(l.routes[0], l.topk, NULL, x->shape.nTokens[rank], stream));
-  RANK_OK(ultraepWeightsSync(l.routes[0], 0, stream));
-  RANK_CUDA(cudaStreamSynchronize(stream));
-  RANK_DO(gpu_experts_places(x, l.routes[0], true, stream, &places));
-  l.slots = places.tensors[0][gpu_experts_local(x, world)];
-  RANK_MEET(world);
-  RANK_DO(layers_enqueue(world, x, &self, &l, stream));
+  RANK_DO(gpu_kept_make(world, x, &self, SYNCS, &l.kept));
+  RANK_DO(layers_enqueue(&l, x->shape.nTokens[rank], stream));
   RANK_OK(ultraepGroupStatus(group, NULL));
   RANK_MEET(world);
-  RANK_DO(layers_check(x, &self, &l, &nReplicas));
+  RANK_DO(gpu_kept_check(x, group, &l.kept, &nReplicas));
   RANK_CHECK(rank == world->nRanks - 1 || nReplicas > LAYERS / 2, "only %lld replicas", (long long)nReplicas);
   RANK_MEET(world);
   RANK_CUDA(cudaFree(l.topk));
-  RANK_CUDA(cudaFree(l.stage));
-  RANK_CUDA(cudaFree(l.experts));
+  RANK_DO(gpu_kept_free(&l.kept));
   return gpu_experts_free(world, &self);
 }
 
@@ -396,16 +341,245 @@ static void test_layers(void **state) {
   check_layers(4, true);
 }
 
+/* ---- weights and gradients on a second stream, beside exchanges ---- */
+
+enum { LANES_DEPTH = 3 };                                              /* forward passes queued at once */
+enum { LANES_SYNC_FIRST, LANES_SYNC_LAST, LANES_GRADS, LANES_GRAPHS }; /* what a graph holds */
+
+static int nLaneRounds = 40;
+
+typedef struct {
+  cudaStream_t main, beside;
+  cudaEvent_t fork, join;
+  gpuSide_t hosts[2], devices[2]; /* two routes of the same groups */
+  gpuData_t data[LANES_DEPTH];
+  cudaGraphExec_t graphs[LANES_GRAPHS];
+  gpuKept_t kept;
+  planner_random_t order; /* each rank's own */
+} lanes_t;
+
+/* `beside` goes on from where the main stream is; or the other way round. */
+static const char *lanes_follow(cudaStream_t follower, cudaStream_t leader, cudaEvent_t event) {
+  RANK_CUDA(cudaEventRecord(event, leader));
+  RANK_CUDA(cudaStreamWaitEvent(follower, event, 0));
+  return NULL;
+}
+
+/* The sync is enqueued before or after the exchange that it runs beside. The previous readers of the slots
+ * are in the main stream, before the fork. */
+static const char *lanes_forward(const lanes_t *l, int layer, bool syncFirst) {
+  const gpuSide_t *side = &l->devices[0];
+  RANK_DO(gpu_device_update(side, side->route, l->main));
+  RANK_DO(lanes_follow(l->beside, l->main, l->fork));
+  if (syncFirst) RANK_OK(ultraepWeightsSync(side->route, 3 * layer, l->beside));
+  RANK_DO(gpu_device_exchange(side, side->route, l->main));
+  if (!syncFirst) RANK_OK(ultraepWeightsSync(side->route, 3 * layer, l->beside));
+  return lanes_follow(l->main, l->beside, l->join);
+}
+
+/* Gradients of the first route beside an update and an exchange of the second. */
+static const char *lanes_backward(const lanes_t *l, bool gradsFirst) {
+  const gpuSide_t *side = &l->devices[1];
+  RANK_DO(lanes_follow(l->beside, l->main, l->fork));
+  if (gradsFirst) RANK_OK(ultraepGradsReduce(l->devices[0].route, 0, l->beside));
+  RANK_DO(gpu_device_fused(side, side->route, l->main));
+  if (!gradsFirst) RANK_OK(ultraepGradsReduce(l->devices[0].route, 0, l->beside));
+  return lanes_follow(l->main, l->beside, l->join);
+}
+
+static const char *lanes_capture(lanes_t *l, int which) {
+  cudaGraph_t graph;
+  RANK_CUDA(cudaStreamBeginCapture(l->main, cudaStreamCaptureModeThreadLocal));
+  const char *flaw =
+      which == LANES_GRADS ? lanes_backward(l, true) : lanes_forward(l, 0, which == LANES_SYNC_FIRST);
+  cudaError_t error = cudaStreamEndCapture(l->main, &graph);
+  if (flaw) return flaw;
+  RANK_CUDA(error);
+  RANK_CUDA(cudaGraphInstantiate(&l->graphs[which], graph, 0));
+  RANK_CUDA(cudaGraphDestroy(graph));
+  RANK_CUDA(cudaGraphUpload(l->graphs[which], l->main));
+  RANK_CUDA(cudaStreamSynchronize(l->main));
+  return NULL;
+}
+
+/* Graphs in one way on all ranks, since a device may run their branches one after another; eager calls in an
+ * order that is each rank's own. `choices` gives the same on every rank. */
+static const char *lanes_round(gpuWorld_t *world, const gpuExperts_t *x, gpuExpertRank_t *rank, lanes_t *l,
+                               int64_t *nReplicas) {
+  const gpuShape_t *shape = &x->shape;
+  int ways[LANES_DEPTH], grads = planner_random_below(&rank->choices, 2);
+  for (int i = 0; i < LANES_DEPTH; i++) {
+    gpuLoads_t loads = (gpuLoads_t)planner_random_below(&rank->choices, GPU_LOADS_KINDS);
+    ways[i] = planner_random_below(&rank->choices, 4);
+    l->kept.layer[i] = ways[i] < LANES_GRADS ? 0 : planner_random_below(&rank->choices, x->nLayers);
+    gpu_data_fill(shape, loads, &l->data[i], &rank->random);
+    RANK_DO(gpu_host_run(&l->hosts[0], &l->data[i]));
+  }
+  RANK_OK(ultraepWeightsSync(l->hosts[0].route, 3 * l->kept.layer[LANES_DEPTH - 1], NULL));
+  for (int i = 0; i < LANES_DEPTH; i++) {
+    RANK_DO(gpu_device_inputs(&l->devices[0], &l->data[i], l->main));
+    if (ways[i] < LANES_GRADS)
+      RANK_CUDA(cudaGraphLaunch(l->graphs[ways[i]], l->main));
+    else
+      RANK_DO(lanes_forward(l, l->kept.layer[i], planner_random_below(&l->order, 2)));
+    RANK_DO(gpu_keep(&l->kept, l->devices[0].route, i, l->main));
+    RANK_DO(gpu_device_outputs(&l->devices[0], &l->data[i], l->main));
+  }
+  RANK_CUDA(cudaStreamSynchronize(l->main));
+  for (int i = 0; i < LANES_DEPTH; i++) RANK_DO(gpu_compare_data(shape, &l->data[i]));
+  RANK_DO(gpu_kept_check(x, l->devices[0].group, &l->kept, nReplicas));
+  RANK_DO(gpu_experts_compare(x, rank, 0, x->nWeights, l->main));
+  RANK_DO(gpu_experts_fill_grads(x, rank, l->main));
+  gpu_data_fill(shape, GPU_LOADS_SKEW, &l->data[0], &rank->random);
+  RANK_MEET(world);
+  RANK_OK(ultraepGradsReduce(l->hosts[0].route, 0, NULL));
+  RANK_DO(gpu_host_run(&l->hosts[1], &l->data[0]));
+  RANK_DO(gpu_device_inputs(&l->devices[1], &l->data[0], l->main));
+  if (grads)
+    RANK_CUDA(cudaGraphLaunch(l->graphs[LANES_GRADS], l->main));
+  else
+    RANK_DO(lanes_backward(l, planner_random_below(&l->order, 2)));
+  RANK_DO(gpu_device_outputs(&l->devices[1], &l->data[0], l->main));
+  RANK_CUDA(cudaStreamSynchronize(l->main));
+  RANK_DO(gpu_compare_data(shape, &l->data[0]));
+  return gpu_experts_compare(x, rank, x->nWeights, x->nWeights + x->nGrads, l->main);
+}
+
+static const char *lanes_make(gpuWorld_t *world, const gpuExperts_t *x, gpuExpertRank_t *rank, lanes_t *l) {
+  int number = rank->device.side.rank;
+  *l = (lanes_t){.main = world->streams[number], .order = {x->shape.seed * 1000 + (uint64_t)number}};
+  RANK_CUDA(cudaStreamCreateWithFlags(&l->beside, cudaStreamNonBlocking));
+  RANK_CUDA(cudaEventCreateWithFlags(&l->fork, cudaEventDisableTiming));
+  RANK_CUDA(cudaEventCreateWithFlags(&l->join, cudaEventDisableTiming));
+  for (int i = 0; i < 2; i++) {
+    l->hosts[i] = rank->host.side;
+    l->devices[i] = rank->device.side;
+  }
+  RANK_OK(ultraepRouteCreate(rank->host.side.group, &l->hosts[1].route));
+  RANK_OK(ultraepRouteCreate(rank->device.side.group, &l->devices[1].route));
+  for (int i = 0; i < LANES_DEPTH; i++)
+    RANK_DO(gpu_data_make(&x->shape, number, rank->device.side.nRows, true, &l->data[i]));
+  gpu_data_fill(&x->shape, GPU_LOADS_SKEW, &rank->data, &rank->random);
+  RANK_DO(gpu_kept_make(world, x, rank, LANES_DEPTH, &l->kept));
+  for (int i = 0; i < LANES_GRAPHS; i++) RANK_DO(lanes_capture(l, i));
+  RANK_MEET(world);
+  return NULL;
+}
+
+static const char *lanes_rank(gpuWorld_t *world, int rank, void *argument) {
+  const gpuExperts_t *x = argument;
+  static _Thread_local gpuExpertRank_t self;
+  static _Thread_local lanes_t l;
+  int64_t nReplicas = 0;
+  RANK_DO(gpu_experts_make(world, x, rank, &self));
+  RANK_DO(lanes_make(world, x, &self, &l));
+  for (int i = 0; i < nLaneRounds; i++) {
+    const char *flaw = lanes_round(world, x, &self, &l, &nReplicas);
+    RANK_CHECK(!flaw, "round %d: %s", i, flaw);
+  }
+  RANK_OK(ultraepGroupStatus(self.device.side.group, NULL));
+  RANK_CHECK(rank != 0 || nReplicas > 0, "no replicas");
+  RANK_MEET(world);
+  for (int i = 0; i < LANES_GRAPHS; i++) RANK_CUDA(cudaGraphExecDestroy(l.graphs[i]));
+  for (int i = 0; i < LANES_DEPTH; i++) gpu_data_free(&l.data[i]);
+  RANK_DO(gpu_kept_free(&l.kept));
+  RANK_DO(gpu_experts_free(world, &self));
+  RANK_CUDA(cudaEventDestroy(l.fork));
+  RANK_CUDA(cudaEventDestroy(l.join));
+  RANK_CUDA(cudaStreamDestroy(l.beside));
+  return NULL;
+}
+
+static void check_lanes(int nRanks, bool isPortable, int dispatchMode, int combineMode) {
+  gpuWorld_t world;
+  gpuExperts_t x = {.shape = gpu_shape_small(nRanks), .nWeights = 2, .nGrads = 2, .nLayers = 2};
+  const char *flaw = gpu_world_make(&world, nRanks);
+  if (flaw) fail_msg("%s", flaw);
+  ultraepConfig_t *c = &x.shape.config;
+  x.isPortable = isPortable;
+  x.sharesGrads = !isPortable;
+  x.shape.seed = (uint64_t)nRanks * 10 + isPortable;
+  c->dispatchMode = dispatchMode;
+  c->combineMode = combineMode;
+  c->nSlots = 2;
+  c->maxRoutes = 2;
+  /* Blocks of both lanes on all ranks are resident at once. */
+  c->maxCtas = 2;
+  c->expertCtas = 2;
+  x.bytes[0] = 3 * 16384 + 16 * 5;
+  x.bytes[1] = 16 * 33;
+  x.bytes[2] = 16384 + 16 * 9;
+  x.bytes[3] = 16 * 65;
+  x.types[2] = ULTRAEP_BFLOAT16;
+  x.types[3] = ULTRAEP_FLOAT32;
+  run(&world, lanes_rank, &x, "lanes");
+  gpu_world_free(&world);
+  print_message("%d passes on %d ranks\n", nLaneRounds * LANES_DEPTH, nRanks);
+}
+
+static void test_lanes(void **state) {
+  (void)state;
+  check_lanes(4, false, ULTRAEP_DISPATCH_DIRECT, ULTRAEP_COMBINE_EXACT);
+  check_lanes(3, true, ULTRAEP_DISPATCH_ONCE, ULTRAEP_COMBINE_PARTIAL);
+}
+
+/* ---- what waits for a group's work waits for both streams ---- */
+
+static void waits_sleep(void *unused) {
+  (void)unused;
+  gpu_world_sleep_ms(100);
+}
+
+/* The sync is late, and enqueued before the exchange: counters have both. */
+static const char *waits_rank(gpuWorld_t *world, int rank, void *argument) {
+  const gpuExperts_t *x = argument;
+  cudaStream_t stream = world->streams[rank], beside;
+  gpuExpertRank_t self;
+  ultraepCounters_t counters;
+  RANK_CUDA(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking));
+  RANK_DO(gpu_experts_make(world, x, rank, &self));
+  gpu_data_fill(&x->shape, GPU_LOADS_ONE_EXPERT, &self.data, &self.random);
+  RANK_DO(gpu_host_run(&self.host.side, &self.data));
+  RANK_OK(ultraepWeightsSync(self.host.side.route, 0, NULL));
+  RANK_DO(gpu_device_inputs(&self.device.side, &self.data, stream));
+  RANK_DO(gpu_device_update(&self.device.side, self.device.side.route, stream));
+  RANK_CUDA(cudaStreamSynchronize(stream));
+  RANK_CUDA(cudaLaunchHostFunc(beside, waits_sleep, NULL));
+  RANK_OK(ultraepWeightsSync(self.device.side.route, 0, beside));
+  RANK_DO(gpu_device_exchange(&self.device.side, self.device.side.route, stream));
+  RANK_DO(gpu_experts_compare_counters(&self));
+  RANK_OK(ultraepGroupCounters(self.device.side.group, &counters));
+  RANK_CHECK(rank == world->nRanks - 1 || counters.weightBytes > 0, "no replicas");
+  RANK_MEET(world);
+  RANK_DO(gpu_experts_free(world, &self));
+  RANK_CUDA(cudaStreamDestroy(beside));
+  return NULL;
+}
+
+static void test_waits(void **state) {
+  (void)state;
+  gpuWorld_t world;
+  gpuExperts_t x = {.shape = gpu_shape_small(2), .nWeights = 1, .nLayers = 1};
+  const char *flaw = gpu_world_make(&world, 2);
+  if (flaw) fail_msg("%s", flaw);
+  x.shape.nTokens[1] = x.shape.config.maxTokens;
+  x.shape.config.nSlots = 1;
+  x.bytes[0] = 40016;
+  run(&world, waits_rank, &x, "waits");
+  gpu_world_free(&world);
+}
+
 /* Optional arguments: random cases for each number of ranks (fewer under a checker), and which tests. */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_two),    cmocka_unit_test(test_four),     cmocka_unit_test(test_eight),
       cmocka_unit_test(test_graphs), cmocka_unit_test(test_repeated), cmocka_unit_test(test_layers),
-      cmocka_unit_test(test_gate),   cmocka_unit_test(test_memory),
+      cmocka_unit_test(test_gate),   cmocka_unit_test(test_memory),   cmocka_unit_test(test_lanes),
+      cmocka_unit_test(test_waits),
   };
   GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  if (argc > 1) nCases = atoi(argv[1]);
+  if (argc > 1) nCases = nLaneRounds = atoi(argv[1]);
   if (argc > 2) cmocka_set_test_filter(argv[2]);
   return cmocka_run_group_tests_name("gpu_experts", tests, NULL, NULL);
 }
