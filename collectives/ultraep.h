@@ -30,11 +30,30 @@
  * abort and the destroying calls still work. Once a call has returned the error, no peer touches this rank's
  * memory any more.
  *
- * Collective calls (marked so) must be made by every rank of the group, in the same order. Ranks found in
- * different calls, or in one call for different routes, layers or places: ultraepInvalidUsage on all. On one
- * rank, calls on one group must not overlap in time; different groups are independent. Streams: the NCCL
- * backend enqueues on `stream` and returns; the host backend has done the work when the call returns, and
- * ignores `stream`. A group's calls on several streams must be put in order by the caller, with events.
+ * Collective calls (marked so) must be made by every rank of the group, in the same order (those of each
+ * lane, see below). Ranks found in different calls, or in one call for different routes, layers or places:
+ * ultraepInvalidUsage on all. On one rank, calls on one group must not overlap in time, so not come from two
+ * threads at once, whatever their lanes; different groups are independent. Streams: the NCCL backend enqueues
+ * on `stream` and returns; the host backend has done the work when the call returns, and ignores `stream`. A
+ * lane's calls on several streams must be put in order by the caller, with events.
+ *
+ * Lanes (NCCL backend; on the host backend nothing overlaps). A group's work is in two lanes, which may run
+ * at the same time on two streams: exchanges (ultraepRouteUpdate, ultraepRouteDispatch, ultraepAllToAll,
+ * ultraepAllToAllTensors) and experts (ultraepWeightsSync, ultraepGradsReduce). So a sync may start before a
+ * dispatch and be joined after it. The caller's events see to the order between the lanes and of other work:
+ *
+ *   - a sync or a reduction follows the update whose plan it reads, and the route's next update follows it;
+ *   - a sync follows what wrote the masters' weights or last read the slots, of whatever route and layer;
+ *   - what reads the slots' weights, or writes the masters', follows the sync;
+ *   - a reduction follows what wrote the gradients; what reads or writes them next follows the reduction.
+ *
+ * Thread blocks of both lanes' kernels wait for other ranks, so all of them must fit on the device at the
+ * same time: maxCtas + expertCtas, summed over the ranks that share a GPU, at most the SMs that the process
+ * may use. Else they may wait for each other until the timeout. Where a device may run one after another what
+ * could overlap (the branches of a graph, streams on one hardware queue: CUDA_DEVICE_MAX_CONNECTIONS), both
+ * lanes' calls must be enqueued in one order on all ranks. A failure is the group's: it ends the kernels of
+ * both lanes, and the status names the call in which it was found. Where ranks differed in a call, the route
+ * refuses later calls of the same lane alone, until its next update.
  *
  * Devices (NCCL backend): ultraepGroupCreate wants the communicator's device to be the calling thread's
  * current one. All other calls may come from threads with any current device, and leave it as it was; a null
@@ -42,9 +61,9 @@
  *
  * CUDA graphs (NCCL backend): updates, dispatches, combines, syncs and reductions can be captured, and
  * replayed as often as wanted, with other routing in the same arrays, between other calls. Each replay counts
- * as those calls in the order of its stream, on every rank. What a replay meets is told by
- * ultraepGroupStatus. The library does not know of replays: they must have ended before ultraepGroupCounters,
- * ultraepRoutePlan, ultraepMemFree and the destroying calls.
+ * as those calls in the order of its streams (a capture may fork for the other lane), on every rank. What a
+ * replay meets is told by ultraepGroupStatus. The library does not know of replays: they must have ended
+ * before ultraepGroupCounters, ultraepRoutePlan, ultraepMemFree and the destroying calls.
  */
 #ifndef ULTRAEP_H_
 #define ULTRAEP_H_
@@ -183,7 +202,7 @@ typedef struct {
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
   int32_t expertCtas;  /* the same for the kernels of ultraepWeightsSync and ultraepGradsReduce, which may run
-                          beside matrix products; 0: as maxCtas */
+                          beside exchanges (see Lanes) and matrix products; 0: as maxCtas */
   int32_t timeoutMs;   /* how long any wait for another rank may last, 1..3600000 */
   int32_t reserved[2]; /* 0 */
 } ultraepConfig_t;
@@ -405,11 +424,12 @@ typedef struct {
 ULTRAEP_API ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int layer,
                                                    const ultraepExperts_t *experts);
 /* Collective. Copies the weights of every replica of the route's plan from its master into its slot. When the
- * call's work is done on a rank, its slots are filled and its masters are no longer read. */
+ * call's work is done on a rank, its slots are filled and its masters are no longer read. On a stream of its
+ * own it may run beside exchanges, also on the same route: see Lanes. */
 ULTRAEP_API ultraepResult_t ultraepWeightsSync(ultraepRoute_t route, int layer, cudaStream_t stream);
 /* Collective. For every replica of the route's plan: master gradient += slot gradient, summed in fp32 in the
  * order master, then replicas ascending by rank, rounded once (config.gradsMode may say otherwise); then the
- * slot's gradient is set to zero. */
+ * slot's gradient is set to zero. On a stream of its own it may run beside exchanges: see Lanes. */
 ULTRAEP_API ultraepResult_t ultraepGradsReduce(ultraepRoute_t route, int layer, cudaStream_t stream);
 
 /* ---- the traffic record: what NCCL's own send, receive and all-to-all calls moved ---- */
