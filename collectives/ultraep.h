@@ -52,8 +52,10 @@
  * may use. Else they may wait for each other until the timeout. Where a device may run one after another what
  * could overlap (the branches of a graph, streams on one hardware queue: CUDA_DEVICE_MAX_CONNECTIONS), both
  * lanes' calls must be enqueued in one order on all ranks. A failure is the group's: it ends the kernels of
- * both lanes, and the status names the call in which it was found. Where ranks differed in a call, the route
- * refuses later calls of the same lane alone, until its next update.
+ * both lanes, and the status names the call in which it was found. Peers may then still be writing rows of
+ * the call that it cut short in the other lane: registered memory is the caller's again once all ranks have
+ * destroyed the group. Where ranks differed in a call, the route refuses later calls of the same lane alone,
+ * until its next update.
  *
  * Devices (NCCL backend): ultraepGroupCreate wants the communicator's device to be the calling thread's
  * current one. All other calls may come from threads with any current device, and leave it as it was; a null
