@@ -126,9 +126,10 @@ __device__ inline Chain followChain(const kernelGroup_t &g, const kernelRoute_t 
 }
 
 // Fills the table of this rank's chains, ascending by expert: the order of work that all ranks share. Returns
-// their number. By all threads of a block.
+// their number; *nReplicated: of all ranks. By all threads of a block.
 template <Order kOrder>
-__device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &route, Chain *chains) {
+__device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &route, Chain *chains,
+                                 int *nReplicated = nullptr) {
   __shared__ ReplicatedExperts replicated;
   const kernelPlanner_t &p = g.planner;
   int firstExpert = g.rank * p.perRank, nWords = (p.nExperts + kWarp - 1) / kWarp;
@@ -144,6 +145,11 @@ __device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &ro
   for (int s = 0; s < p.nSlots; s++) {
     nOwn += mine[s] >= 0;
     nLow += mine[s] >= 0 && mine[s] < firstExpert;
+  }
+  if (nReplicated) {
+    int mine = 0;
+    for (int w = threadIdx.x % kWarp; w < nWords; w += kWarp) mine += __popc(replicated.words[w]);
+    *nReplicated = warpSum(mine);
   }
   ChainKeys<kOrder> keys = {p, replicated};
   for (int i = threadIdx.x / kWarp; i < nOwn + nMasters; i += blockDim.x / kWarp) {

@@ -54,14 +54,18 @@ struct ChainTasks {
   }
 };
 
+// Few large rounds are quickly gone over, small ones let experts begin sooner that wait for others.
+__device__ __forceinline__ int roundTiles(int nReplicated) {
+  return 512 / min(8, nReplicated);
+}
+
 // Goes over this rank's tasks by rounds of tiles, in a round by chains, which is the order on all ranks, and
 // gives every worker every nWorkers-th. By a warp, with `window` ([32] in shared memory) of its own.
 struct TaskWalk {
-  static constexpr int kRound = 128; // tiles
-  static constexpr int kEnough = 8;  // tasks to know ahead
+  static constexpr int kEnough = 8; // tasks to know ahead
 
   const Chain *chains;
-  int nChains, nTiles;
+  int nChains, nTiles, roundTiles;
   int round = 0, chain = 0; // that come next
   int taken = 0;            // of them, by this worker
   int before = 0;           // tasks of the chains before, modulo the workers
@@ -70,9 +74,10 @@ struct TaskWalk {
   __device__ int take(int worker, int nWorkers, Share *window) {
     int lane = threadIdx.x % kWarp, have = 0;
     __syncwarp(); // the last window has been read
-    while (have < kEnough && nChains > 0 && round * kRound < nTiles) {
+    while (have < kEnough && nChains > 0 && round * roundTiles < nTiles) {
       ChainTasks tasks(chains[chain]);
-      int first = tasks.below(round * kRound), end = tasks.below(min(nTiles, round * kRound + kRound));
+      int first = tasks.below(round * roundTiles),
+          end = tasks.below(min(nTiles, round * roundTiles + roundTiles));
       int skipped = (worker + nWorkers - (first + before) % nWorkers) % nWorkers;
       int nth = first + skipped + (taken + lane) * nWorkers, room = kWarp - have;
       int n = __popc(__ballot_sync(kFullWarp, nth < end));
@@ -102,11 +107,7 @@ struct WeightsContext {
   int nChains;
   uint32_t call;
 
-  __device__ char *address(const kernelTensor_t &tensor, int expert, Place place) const {
-    if (place.slot >= 0) return slotAddress(x, tensor, place);
-    return tensor.peers[place.rank] + tensor.peersOffset +
-           size_t(expert - place.rank * g.planner.perRank) * tensor.bytes;
-  }
+  // All pointers are looked up at once, needed or not, as they are far.
   __device__ Task task(Share share) const {
     const Chain &c = chains[share.chain];
     int number = share.tile, turn = number % (c.n + 1), hop = turn < c.n - c.at ? c.at + 1 : c.at;
@@ -118,13 +119,40 @@ struct WeightsContext {
     // Who copies the next hop, and who copied the last.
     Place next = pushes && turn == c.n - hop ? c.after[1] : c.after[0];
     Place last = !pushes && turn == c.n + 1 - hop ? c.before[1] : c.before[0];
-    return {address(tensor, c.expert, from) + tile.at,
-            address(tensor, c.expert, to) + tile.at,
-            awaits ? tileFlag(x, here, number) : nullptr,
-            raises ? tileFlag(x, next, number) : nullptr,
+    char *masters = tensor.peers[from.rank], *fromSlots = x.slots[from.rank], *toSlots = x.slots[to.rank];
+    char *own = x.slots[g.rank], *nextSlots = x.slots[raises ? next.rank : g.rank];
+    char *inSlot = fromSlots + tensor.slotOffset + size_t(from.slot) * tensor.bytes;
+    masters += tensor.peersOffset + size_t(c.expert - from.rank * g.planner.perRank) * tensor.bytes;
+    char *target = toSlots + tensor.slotOffset + size_t(to.slot) * tensor.bytes;
+    return {(from.slot < 0 ? masters : inSlot) + tile.at,
+            target + tile.at,
+            awaits ? flagOf(own, here, number) : nullptr,
+            raises ? flagOf(nextSlots, next, number) : nullptr,
             tile.bytes,
             last.rank,
             patience(g, hop, c.n)};
+  }
+  __device__ uint32_t *flagOf(char *slots, Place place, int number) const {
+    return reinterpret_cast<uint32_t *>(slots + x.flagsOffset) + size_t(place.slot) * x.nFlags + number;
+  }
+};
+
+// A worker's tasks, a window of them at a time: lane i < n holds one. By a warp.
+struct Worker {
+  const WeightsContext &c;
+  int number, nWorkers;
+  Share *window; // of this warp
+  TaskWalk walk;
+  Task task = {};
+  int n = 0;
+
+  __device__ Worker(const WeightsContext &context, int mine, int all, Share *windows, int roundTiles)
+      : c(context), number(mine), nWorkers(all),
+        window(windows), walk{context.chains, context.nChains, context.x.nWeightTiles, roundTiles} {}
+  __device__ void next() {
+    n = walk.take(number, nWorkers, window);
+    task = {};
+    if (int(threadIdx.x % kWarp) < n) task = c.task(window[threadIdx.x % kWarp]);
   }
 };
 
@@ -142,19 +170,14 @@ __device__ inline int waitTasks(const WeightsContext &c, const Task &task, bool 
   }
 }
 
-// Calls copy(n, task, ready) for windows of this worker's tasks: lane i < n holds a task; ready(i) waits
-// until lane i's may begin and returns how many of the first lanes' may, i when the group has failed.
-template <typename Copy>
-__device__ void forTasks(const WeightsContext &c, int worker, int nWorkers, Share *window, Copy copy) {
-  TaskWalk walk = {c.chains, c.nChains, c.x.nWeightTiles};
-  int lane = threadIdx.x % kWarp, n;
-  do {
-    n = walk.take(worker, nWorkers, window);
-    Task task = {};
-    if (lane < n) task = c.task(window[lane]);
-    bool isReady = !task.awaited;
-    if (!copy(n, task, [&](int first) { return min(n, waitTasks(c, task, &isReady, first)); })) return;
-  } while (n > 0);
+// Calls copy(n, task, ready) for the worker's windows, the first of which it has: ready(i) waits until lane
+// i's task may begin and returns how many of the first lanes' may, i when the group has failed.
+template <typename Copy> __device__ void forTasks(Worker &worker, Copy copy) {
+  for (; worker.n > 0; worker.next()) {
+    bool isReady = !worker.task.awaited;
+    auto ready = [&](int first) { return min(worker.n, waitTasks(worker.c, worker.task, &isReady, first)); };
+    if (!copy(worker.n, worker.task, ready)) return;
+  }
 }
 
 // ---- without bulk copies ----
@@ -177,20 +200,18 @@ template <typename T> __device__ __forceinline__ T *shuffled(T *pointer, int lan
   return reinterpret_cast<T *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(pointer), lane));
 }
 
-__device__ void copyPortable(const WeightsContext &c, Share *windows) {
-  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, nWarps = blockDim.x / kWarp;
-  forTasks(c, blockIdx.x * nWarps + warp, gridDim.x * nWarps, windows + warp * kWarp,
-           [&](int n, const Task &task, auto ready) {
-             for (int i = 0; i < n; i++) {
-               if (ready(i) == i) return false;
-               __syncwarp(); // what a lane has acquired, all have
-               copyTile(shuffled(task.from, i), shuffled(task.to, i), __shfl_sync(kFullWarp, task.bytes, i),
-                        lane);
-               __syncwarp();
-               if (lane == i && task.raised) storeReleaseSystem(task.raised, c.call);
-             }
-             return true;
-           });
+__device__ void copyPortable(const WeightsContext &c, Worker &worker) {
+  int lane = threadIdx.x % kWarp;
+  forTasks(worker, [&](int n, const Task &task, auto ready) {
+    for (int i = 0; i < n; i++) {
+      if (ready(i) == i) return false;
+      __syncwarp(); // what a lane has acquired, all have
+      copyTile(shuffled(task.from, i), shuffled(task.to, i), __shfl_sync(kFullWarp, task.bytes, i), lane);
+      __syncwarp();
+      if (lane == i && task.raised) storeReleaseSystem(task.raised, c.call);
+    }
+    return true;
+  });
 }
 
 // ---- with bulk copies ----
@@ -209,11 +230,10 @@ struct Stages {
   uint32_t isWhole; // nTiles is set
 };
 
-__device__ void loadTiles(const WeightsContext &c, Stages &s, char *buffers, uint32_t nStages,
-                          Share *window) {
+__device__ void loadTiles(Worker &worker, Stages &s, char *buffers, uint32_t nStages) {
   uint32_t loaded = 0, lane = threadIdx.x % kWarp;
   bulkFence(); // what peers' bulk copies wrote before this call was acquired by ordinary loads
-  forTasks(c, blockIdx.x, gridDim.x, window, [&](int n, const Task &task, auto ready) {
+  forTasks(worker, [&](int n, const Task &task, auto ready) {
     for (int i = 0; i < n;) {
       int end = ready(i);
       if (end == i) return false;
@@ -275,28 +295,29 @@ __device__ void storeTiles(Stages &s, const char *buffers, uint32_t nStages, uin
   bulkWaitWritten();
 }
 
-__device__ void copyBulk(const WeightsContext &c, Stages &s, char *buffers, int nStages, Share *window) {
+__device__ void initStages(Stages &s, int nStages) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < nStages; i++) barrierInit(&s.full[i]);
     barrierInitFence();
     s.nFreed = s.isWhole = 0;
   }
   __syncthreads();
-  int warp = threadIdx.x / kWarp;
-  if (warp == 0) loadTiles(c, s, buffers, nStages, window);
-  if (warp == 1) storeTiles(s, buffers, nStages, c.call);
 }
+
 #endif
 
 // ---- the kernel ----
 
-// Where every local instance's tensors are, for ultraepSegments_t. By one block.
-__device__ void fillPointers(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExperts_t &x) {
+// Where every local instance's tensors are, for ultraepSegments_t. By one block's threads from `first` on.
+__device__ void fillPointers(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExperts_t &x,
+                             int first) {
+  int mine = int(threadIdx.x) - first, stride = int(blockDim.x) - first;
+  if (mine < 0) return;
   for (int t = 0; t < x.nWeights + x.nGrads; t++) {
     int grad = t - x.nWeights;
     const kernelTensor_t &tensor = grad < 0 ? x.weights[t] : x.grads[grad];
     void **pointers = route.pointers + (grad < 0 ? t : KERNEL_MAX_TENSORS + grad) * g.nSegments;
-    for (int i = threadIdx.x; i < g.nSegments; i += blockDim.x) {
+    for (int i = mine; i < g.nSegments; i += stride) {
       int slot = i - g.planner.perRank;
       pointers[i] = slot < 0 ? tensor.master + size_t(i) * tensor.bytes
                              : x.ownSlots + tensor.slotOffset + size_t(slot) * tensor.bytes;
@@ -315,23 +336,33 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
   bool hasReplicas = planHasReplicas(g, route);
   if (refused) return;
   if (!hasReplicas) { // alike on every rank too: nobody need meet
-    if (blockIdx.x == 0) fillPointers(g, route, x);
+    if (blockIdx.x == 0) fillPointers(g, route, x, 0);
     return;
   }
   auto *chains = reinterpret_cast<Chain *>(weightsMemory + nStages * KERNEL_TILE_BYTES);
-  int nChains, other;
-  bool alive =
-      openChains<Order::kRelay>(g, route, x.check, call, KERNEL_PHASE_WEIGHTS, chains, &nChains, &other);
+  int warp = threadIdx.x / kWarp, nWorkers = kBulk ? 1 : kPortableThreads / kWarp; // of a block
+  int nReplicated, other;
+  // What can be known is found out while the other ranks come.
+  raiseOpen(g, x.check, call);
+  int nChains = findChains<Order::kRelay>(g, route, chains, &nReplicated);
+  WeightsContext c{g, x, chains, nChains, call};
+  Worker worker(c, blockIdx.x * nWorkers + warp, gridDim.x * nWorkers, windows + warp * kWarp,
+                roundTiles(nReplicated));
+  if (warp < nWorkers) worker.next();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __shared__ Stages stages;
+  if constexpr (kBulk) initStages(stages, nStages);
+#endif
+  bool alive = waitOpen(g, x.check, call, KERNEL_PHASE_WEIGHTS, &other);
   if (alive) {
-    if (blockIdx.x == 0) fillPointers(g, route, x);
-    WeightsContext c{g, x, chains, nChains, call};
+    if (blockIdx.x == 0) fillPointers(g, route, x, kBulk ? 2 * kWarp : 0);
     if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      __shared__ Stages stages;
-      copyBulk(c, stages, weightsMemory, nStages, windows);
+      if (warp == 0) loadTiles(worker, stages, weightsMemory, nStages);
+      if (warp == 1) storeTiles(stages, weightsMemory, nStages, call);
 #endif
     } else {
-      copyPortable(c, windows);
+      copyPortable(c, worker);
     }
   }
   if (alive && blockIdx.x == 0 && threadIdx.x == 0) {
