@@ -29,6 +29,9 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   const ultraepSegments_t *segments = &layer->segments;
   int64_t h = options->bench.hidden, i = options->inter, n = segments->rows[segment];
   int64_t at = segments->firstRow[segment];
+  /* Weight gradients sum over the rows; those of padding are zeros, and cuBLAS is slow where their number is
+   * odd. */
+  int64_t align = options->bench.alignment, padded = (n + align - 1) / align * align;
   const uint16_t *w1 = mlp_weights(rank, layer, 0, segment), *w2 = mlp_weights(rank, layer, 1, segment);
   uint16_t *rows = layer->rows + at * h, *rowsOut = rank->rowsOut + at * h;
   uint16_t *gateUp = layer->gateUp + at * 2 * i, *act = layer->act + at * i,
@@ -43,7 +46,7 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   case MLP_DOWN_GRAD: /* dW2 += dY^T A */
     return (moeGemm_t){.m = h,
                        .n = i,
-                       .k = n,
+                       .k = padded,
                        .a = rowsOut,
                        .aTransposed = true,
                        .b = act,
@@ -52,7 +55,7 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   case MLP_GATE_UP_GRAD: /* dW1 += dGU^T X */
     return (moeGemm_t){.m = 2 * i,
                        .n = h,
-                       .k = n,
+                       .k = padded,
                        .a = gateUp,
                        .aTransposed = true,
                        .b = rows,
