@@ -301,6 +301,10 @@ ultraepResult_t peer_memory_describe(const void *ptr, peerMemoryName_t *name, in
 
 /* ---- mapping ---- */
 
+/* Threads that map and unmap the same allocations one beside the other have met a double free in cuMemUnmap
+ * (driver 580): one at a time. */
+static pthread_mutex_t mapLock = PTHREAD_MUTEX_INITIALIZER;
+
 static ultraepResult_t map_out_of_reach(const char *how, CUresult status) {
   return error_set(ultraepInvalidUsage, "another rank's memory cannot be reached from this device (%s: %s)",
                    how, driver_text(status));
@@ -435,16 +439,24 @@ static ultraepResult_t map_as(uint32_t kind, const peerMemoryName_t *name, int f
   return ultraepSuccess;
 }
 
+static ultraepResult_t map_alone(uint32_t kind, const peerMemoryName_t *name, int fd, int device,
+                                 peerMapping_t *mapping) {
+  pthread_mutex_lock(&mapLock);
+  ultraepResult_t result = map_as(kind, name, fd, device, mapping);
+  pthread_mutex_unlock(&mapLock);
+  return result;
+}
+
 ultraepResult_t peer_memory_map(const peerMemoryName_t *name, int fd, int device, peerMapping_t *mapping) {
   bool isOwn = name->kind != PEER_MEMORY_NONE && peer_memory_is_mine(name);
-  return map_as(isOwn ? PEER_MEMORY_PROCESS : name->kind, name, fd, device, mapping);
+  return map_alone(isOwn ? PEER_MEMORY_PROCESS : name->kind, name, fd, device, mapping);
 }
 
 ultraepResult_t peer_memory_map_kept(const peerMemoryName_t *name, int fd, int device,
                                      peerMapping_t *mapping) {
   /* cudaIpc does not open what its own process made. */
   if (name->kind == PEER_MEMORY_IPC) return peer_memory_map(name, fd, device, mapping);
-  return map_as(name->kind, name, fd, device, mapping);
+  return map_alone(name->kind, name, fd, device, mapping);
 }
 
 void peer_memory_unmap(peerMapping_t *mapping) {
@@ -454,8 +466,10 @@ void peer_memory_unmap(peerMapping_t *mapping) {
     context_leave(mapping->device);
   }
   if (mapping->kind == PEER_MEMORY_FD || mapping->kind == PEER_MEMORY_FABRIC) {
+    pthread_mutex_lock(&mapLock);
     (void)driver.MemUnmap(base, mapping->bytes);
     (void)driver.MemAddressFree(base, mapping->bytes);
+    pthread_mutex_unlock(&mapLock);
   }
   *mapping = (peerMapping_t){.kind = PEER_MEMORY_NONE};
 }
@@ -511,8 +525,10 @@ release_memory:
 }
 
 static void alloc_free_cumem(CUdeviceptr base, size_t bytes) {
+  pthread_mutex_lock(&mapLock);
   (void)driver.MemUnmap(base, bytes);
   (void)driver.MemAddressFree(base, bytes);
+  pthread_mutex_unlock(&mapLock);
 }
 
 /* Whether handles come out of it, which a sandbox may forbid. */
@@ -536,7 +552,12 @@ ultraepResult_t peer_memory_alloc(int device, size_t bytes, void **ptr) {
   (void)driver.DeviceGetAttribute(&hasFd, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED,
                                   device);
   size_t all = 0;
-  CUresult status = hasCumem && hasFd ? alloc_cumem(device, bytes, &base, &all) : CUDA_ERROR_NOT_SUPPORTED;
+  CUresult status = CUDA_ERROR_NOT_SUPPORTED;
+  if (hasCumem && hasFd) {
+    pthread_mutex_lock(&mapLock);
+    status = alloc_cumem(device, bytes, &base, &all);
+    pthread_mutex_unlock(&mapLock);
+  }
   if (status == CUDA_SUCCESS && !alloc_is_shareable(base)) {
     alloc_free_cumem(base, all);
     status = CUDA_ERROR_NOT_SUPPORTED;
