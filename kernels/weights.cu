@@ -1,14 +1,14 @@
 // Weights: every replica's slot gets its master's tensors.
 //
-// An expert with n replicas is relayed along its chain: hop j, 1..n, takes a tile from place j-1 to place j,
-// as soon as it has arrived there. Either end of a hop can copy a tile. Of n+1 tiles in turn (turn = tile
-// modulo n+1) hop j is copied by its source where turn <= n - j, else by its target; so every one of the n+1
-// ranks copies n tiles of n+1, one at a time and idle at turn n - place, and takes in and sends out each byte
-// once at most.
+// An expert with n replicas is relayed along its chain, places 0 (the master) to n. Of every second tile the
+// odd places are the movers, of the others the even ones: a mover loads the tile once, from the place before
+// it (the master from its own memory), and stores it at its own place and at the one after it. So every place
+// moves half of the tiles, takes in and sends out each byte once at most, and a tile needs half as many steps
+// as there are hops.
 //
 // Every worker does its tasks in one order of tiles and experts that all ranks share (TaskWalk), and a task
-// waits only for the same tile and expert one hop earlier; so the first task that is not done can always be
-// done, and nobody waits for ever.
+// waits only for the same tile and expert two places earlier; so the first task that is not done can always
+// be done, and nobody waits for ever.
 //
 // With bulk copies a block is a worker: one warp waits for flags and loads tiles into stages, another stores
 // them and tells the next rank. Without them (sm_80) a warp is a worker and copies through registers.
@@ -23,12 +23,12 @@ constexpr int kPortableThreads = 512; // all of them copy
 constexpr int kMaxStages = 16;
 constexpr size_t kWeightsStatic = 6656; // shared memory that the kernel declares, at most
 
-// One tile's copy on one hop.
+// What a mover does with one tile.
 struct Task {
   const char *from;
-  char *to;
+  char *to[2];             // null: only one
   const uint32_t *awaited; // the flag that says that the tile has come to `from`; null: it was always there
-  uint32_t *raised;        // the flag for the next hop's copy; null: there is none
+  uint32_t *raised;        // the flag for the next mover; null: there is none
   uint32_t bytes;
   int32_t source;   // the rank that raises `awaited`
   uint64_t extraNs; // patience
@@ -36,22 +36,19 @@ struct Task {
 
 // ---- shares of the work ----
 
-// A tile of a chain that this rank copies.
+// A tile of a chain that this rank moves.
 struct Share {
   int32_t tile, chain;
 };
 
-// The tiles of a chain that this rank copies: all but those of its idle turn. They are numbered, ascending.
+// The tiles of a chain that this rank moves, numbered, ascending.
 struct ChainTasks {
-  int period, idle;
+  int first;
 
-  __device__ explicit ChainTasks(const Chain &c) : period(c.n + 1), idle(c.n - c.at) {}
+  __device__ explicit ChainTasks(const Chain &c) : first(1 - c.at % 2) {}
   // How many there are below a tile.
-  __device__ int below(int tile) const { return tile - (tile + period - 1 - idle) / period; }
-  __device__ int tile(int nth) const {
-    int turn = nth % (period - 1);
-    return nth / (period - 1) * period + turn + (turn >= idle);
-  }
+  __device__ int below(int tile) const { return (tile + 1 - first) / 2; }
+  __device__ int tile(int nth) const { return first + 2 * nth; }
 };
 
 // Few large rounds are quickly gone over, small ones let experts begin sooner that wait for others.
@@ -110,27 +107,25 @@ struct WeightsContext {
   // All pointers are looked up at once, needed or not, as they are far.
   __device__ Task task(Share share) const {
     const Chain &c = chains[share.chain];
-    int number = share.tile, turn = number % (c.n + 1), hop = turn < c.n - c.at ? c.at + 1 : c.at;
-    bool pushes = hop > c.at, awaits = hop > 1, raises = hop < c.n;
+    int number = share.tile;
     Tile tile = tileOf(x.weights, x.nWeights, number);
     const kernelTensor_t &tensor = x.weights[tile.tensor];
-    Place here = {int16_t(g.rank), c.slot}, from = pushes ? here : c.before[0],
-          to = pushes ? c.after[0] : here;
-    // Who copies the next hop, and who copied the last.
-    Place next = pushes && turn == c.n - hop ? c.after[1] : c.after[0];
-    Place last = !pushes && turn == c.n + 1 - hop ? c.before[1] : c.before[0];
-    char *masters = tensor.peers[from.rank], *fromSlots = x.slots[from.rank], *toSlots = x.slots[to.rank];
-    char *own = x.slots[g.rank], *nextSlots = x.slots[raises ? next.rank : g.rank];
+    bool isMaster = c.at == 0, awaits = c.at >= 2, passes = c.at < c.n, raises = c.at + 2 <= c.n;
+    Place here = {int16_t(g.rank), c.slot}, from = isMaster ? here : c.before[0],
+          next = passes ? c.after[0] : here;
+    char *masters = tensor.peers[from.rank], *fromSlots = x.slots[from.rank], *own = x.slots[g.rank];
+    char *nextSlots = x.slots[next.rank], *raisedSlots = x.slots[raises ? c.after[1].rank : g.rank];
     char *inSlot = fromSlots + tensor.slotOffset + size_t(from.slot) * tensor.bytes;
     masters += tensor.peersOffset + size_t(c.expert - from.rank * g.planner.perRank) * tensor.bytes;
-    char *target = toSlots + tensor.slotOffset + size_t(to.slot) * tensor.bytes;
+    char *inOwn = own + tensor.slotOffset + size_t(here.slot) * tensor.bytes + tile.at;
+    char *inNext = nextSlots + tensor.slotOffset + size_t(next.slot) * tensor.bytes + tile.at;
     return {(from.slot < 0 ? masters : inSlot) + tile.at,
-            target + tile.at,
+            {isMaster ? inNext : inOwn, isMaster || !passes ? nullptr : inNext},
             awaits ? flagOf(own, here, number) : nullptr,
-            raises ? flagOf(nextSlots, next, number) : nullptr,
+            raises ? flagOf(raisedSlots, c.after[1], number) : nullptr,
             tile.bytes,
-            last.rank,
-            patience(g, hop, c.n)};
+            c.before[1].rank,
+            patience(g, c.at, c.n)};
   }
   __device__ uint32_t *flagOf(char *slots, Place place, int number) const {
     return reinterpret_cast<uint32_t *>(slots + x.flagsOffset) + size_t(place.slot) * x.nFlags + number;
@@ -182,7 +177,7 @@ template <typename Copy> __device__ void forTasks(Worker &worker, Copy copy) {
 
 // ---- without bulk copies ----
 
-__device__ __forceinline__ void copyTile(const char *from, char *to, uint32_t bytes, int lane) {
+__device__ __forceinline__ void copyTile(const char *from, char *to, char *too, uint32_t bytes, int lane) {
   constexpr int kAtOnce = 8;
   for (uint32_t start = lane * 16; start < bytes; start += kAtOnce * kWarp * 16) {
     uint4 value[kAtOnce];
@@ -192,7 +187,10 @@ __device__ __forceinline__ void copyTile(const char *from, char *to, uint32_t by
         value[i] = __ldcg(reinterpret_cast<const uint4 *>(from + at));
 #pragma unroll
     for (int i = 0; i < kAtOnce; i++)
-      if (uint32_t at = start + i * kWarp * 16; at < bytes) *reinterpret_cast<uint4 *>(to + at) = value[i];
+      if (uint32_t at = start + i * kWarp * 16; at < bytes) {
+        *reinterpret_cast<uint4 *>(to + at) = value[i];
+        if (too) *reinterpret_cast<uint4 *>(too + at) = value[i];
+      }
   }
 }
 
@@ -206,7 +204,8 @@ __device__ void copyPortable(const WeightsContext &c, Worker &worker) {
     for (int i = 0; i < n; i++) {
       if (ready(i) == i) return false;
       __syncwarp(); // what a lane has acquired, all have
-      copyTile(shuffled(task.from, i), shuffled(task.to, i), __shfl_sync(kFullWarp, task.bytes, i), lane);
+      copyTile(shuffled(task.from, i), shuffled(task.to[0], i), shuffled(task.to[1], i),
+               __shfl_sync(kFullWarp, task.bytes, i), lane);
       __syncwarp();
       if (lane == i && task.raised) storeReleaseSystem(task.raised, c.call);
     }
@@ -221,7 +220,7 @@ __device__ void copyPortable(const WeightsContext &c, Worker &worker) {
 struct Stages {
   uint64_t full[kMaxStages]; // barriers: the tile is here
   struct {
-    char *to;
+    char *to[2];
     uint32_t *raised;
     uint32_t bytes;
   } tile[kMaxStages];
@@ -243,7 +242,7 @@ __device__ void loadTiles(Worker &worker, Stages &s, char *buffers, uint32_t nSt
         }
         if (int(lane) != i) continue;
         uint32_t stage = loaded % nStages;
-        s.tile[stage] = {task.to, task.raised, task.bytes};
+        s.tile[stage] = {{task.to[0], task.to[1]}, task.raised, task.bytes};
         if (task.awaited) bulkFence();
         bulkLoad(buffers + stage * KERNEL_TILE_BYTES, task.from, task.bytes, &s.full[stage]);
       }
@@ -257,7 +256,7 @@ __device__ void loadTiles(Worker &worker, Stages &s, char *buffers, uint32_t nSt
 }
 
 // A batch of stores: all but the newest kNewer batches have read their stages, and, where flags wait for
-// that, written; tells so. Every lane has at most one store in a batch.
+// that, written; tells so. Every lane has at most one tile in a batch.
 template <int kNewer>
 __device__ __forceinline__ void settleStores(Stages &s, uint32_t nFreed, uint32_t *raised, uint32_t call) {
   bulkWaitRead<kNewer>();
@@ -281,7 +280,9 @@ __device__ void storeTiles(Stages &s, const char *buffers, uint32_t nStages, uin
       raised = nullptr;
       settled = stored;
     } else if (n > 0) {
-      if (lane < n) bulkStore(s.tile[stage].to, buffers + stage * KERNEL_TILE_BYTES, s.tile[stage].bytes);
+      for (int i = 0; i < 2; i++)
+        if (lane < n && s.tile[stage].to[i])
+          bulkStore(s.tile[stage].to[i], buffers + stage * KERNEL_TILE_BYTES, s.tile[stage].bytes);
       bulkCommit();
       uint32_t *newest = lane < n ? s.tile[stage].raised : nullptr;
       if (settled < stored) settleStores<1>(s, stored, raised, call);
