@@ -160,7 +160,8 @@ called '^alltoall_perf -g 4 -b 1K '
 called '^alltoallv_perf -g 4 -b 131072 -e 131072 '
 called '^# env schedule  preloaded nvls 0$'
 called '^# env  ultraep  nvls 0$'
-called '^ultraep_moe -B cuda -t 4 --skew 3 '
+called '^ultraep_moe -B cuda -t 4 .*--skew 3 -J '
+called '^ultraep_moe -B cuda -t 4 .*--skew 3 --overlap 1 '
 called '^ctest --test-dir .*/build -L gpu '
 [ "$(grep -c '^ultraep_perf' calls)" = 16 ] || fail "$(grep -c '^ultraep_perf' calls) runs of ultraep_perf: $(cat calls)"
 [ "$("$json" out.d/sweep.json link_gbps) $("$json" out.d/sweep.json gpus 3)" = "416.5 GPU 3: NVIDIA H200 (UUID: GPU-3)" ] ||
