@@ -40,8 +40,9 @@ static int combine_list_exact(hostCombine_t *call, int64_t token) {
   return n;
 }
 
-/* Likewise for partial sums: one row a rank, in order of the rank's first k. A rank's only row has not been
- * weighted there; two or more have been summed and lie at the first one's number in that rank's window. */
+/* Likewise for partial sums: one row of every other rank, in order of the rank's first k, and all rows of
+ * this one. A rank's only row has not been weighted there; two or more have been summed and lie at the first
+ * one's number in that rank's window. */
 static int combine_list_partial(hostCombine_t *call, int64_t token) {
   const layoutPlace_t *places = call->route->places + token * call->topK;
   int n = 0;
@@ -50,6 +51,7 @@ static int combine_list_partial(hostCombine_t *call, int64_t token) {
     int earlier = 0, later = 0;
     for (int j = 0; j < k; j++) earlier += places[j].rank == places[k].rank;
     for (int j = k + 1; j < call->topK; j++) later += places[j].rank == places[k].rank;
+    if (places[k].rank == call->self->rank) earlier = later = 0;
     if (earlier > 0) continue;
     call->self->rows[n] = later ? combine_partial(call, places[k]) : combine_row(call, places[k]);
     call->self->weights[n++] = later ? 1.0f : combine_weight(call, token, k);

@@ -124,11 +124,11 @@ typedef enum {
   /* Accumulates in fp32 from +0 in order of k, each product rounded to fp32 (no fused multiply-add), and
    * rounds once to the data type. */
   ULTRAEP_COMBINE_EXACT = 0,
-  /* Partial sums at the experts' rank: for each (token, rank) the weighted rows there are summed in fp32 in
-   * order of k and, where there are two or more, rounded to the data type; the token's rank adds the partial
-   * sums in fp32 in order of their first k and rounds once. So up to one more rounding per (token, rank) than
-   * EXACT. Combining FLOAT32 needs a group whose dataType is FLOAT32: elsewhere there is no room,
-   * ultraepInvalidUsage. */
+  /* Partial sums at the experts' rank: for each token and other rank the weighted rows there are summed in
+   * fp32 in order of k and, where there are two or more, rounded to the data type; the token's rank adds
+   * them, in order of their first k, and the rows on itself in fp32 and rounds once. So up to one more
+   * rounding per (token, other rank) than EXACT. Combining FLOAT32 needs a group whose dataType is FLOAT32:
+   * elsewhere there is no room, ultraepInvalidUsage. */
   ULTRAEP_COMBINE_PARTIAL = 1
 } ultraepCombineMode_t;
 

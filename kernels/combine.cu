@@ -2,10 +2,11 @@
 // rows, sums them in fp32 in order of k, rounds once and writes once. Products and sums are separate
 // roundings (no fused multiply-add), so that the host backend gives the same bits.
 //
-// PARTIAL: first each rank sums, for every token with two or more rows here, those rows into a staging area
-// of its window; then a token's rank reads one row per rank.
+// PARTIAL: first each rank sums, for every token of another rank with two or more rows here, those rows into
+// a staging area of its window; then a token's rank reads one row of every other rank, and its own rows.
 #include "elements.cuh"
 #include "load.cuh"
+#include "meta.cuh"
 #include "signal.cuh"
 #include "warp.cuh"
 
@@ -14,85 +15,91 @@
 namespace ultraep {
 
 constexpr int kCombineThreads = 512;
-constexpr int kRowsAtOnce = 8;
+// Adds the rows of the lanes in `rows` to columns [at + i * kWarp * 16, + 16 bytes), i < kColumns, of which
+// those below `to` are there, and writes them. kRows * kColumns loads are in flight together.
+template <typename As, bool kWeighted, int kRows, int kColumns>
+__device__ __forceinline__ void sumColumns(char *out, const char *row, float weight, unsigned rows, int at,
+                                           int to) {
+  constexpr int kBlock = kWarp * 16;
+  float sum[kColumns][As::kElements] = {};
+  for (unsigned left = rows; left;) {
+    uint4 value[kColumns][kRows];
+    float scale[kRows];
+    unsigned batch = left;
+#pragma unroll
+    for (int j = 0; j < kRows; j++) {
+      if (!left) break;
+      int source = __ffs(left) - 1;
+      left &= left - 1;
+      auto *start =
+          reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), source));
+      if (kWeighted) scale[j] = __shfl_sync(kFullWarp, weight, source);
+#pragma unroll
+      for (int c = 0; c < kColumns; c++)
+        value[c][j] = at + c * kBlock < to ? loadRow(start + at + c * kBlock) : uint4{};
+    }
+#pragma unroll
+    for (int j = 0; j < kRows; j++) {
+      if (!batch) break;
+      batch &= batch - 1;
+#pragma unroll
+      for (int c = 0; c < kColumns; c++) {
+#pragma unroll
+        for (int i = 0; i < As::kElements; i++) {
+          float x = As::get(value[c][j], i);
+          sum[c][i] = __fadd_rn(sum[c][i], kWeighted ? __fmul_rn(scale[j], x) : x);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kColumns; c++)
+    if (at + c * kBlock < to) *reinterpret_cast<uint4 *>(out + at + c * kBlock) = As::put(sum[c]);
+}
 
 // Writes columns [from, to) of round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and
-// its weight; kWeighted: else plain sums. Two blocks of columns at a time keep 2 * kRowsAtOnce loads in
-// flight.
+// its weight; kWeighted: else plain sums. By a warp.
 template <typename As, bool kWeighted>
 __device__ __forceinline__ void sumRows(char *out, const char *row, float weight, int from, int to,
                                         int lane) {
-  constexpr int kBlock = kWarp * 16;
   unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
-  for (int column = from; column < to; column += 2 * kBlock) {
-    int at = column + lane * 16;
-    bool inside[2] = {at < to, at + kBlock < to};
-    float sum[2][As::kElements] = {};
-    for (unsigned left = rows; left;) {
-      uint4 value[2][kRowsAtOnce];
-      float scale[kRowsAtOnce];
-      unsigned batch = left;
-#pragma unroll
-      for (int j = 0; j < kRowsAtOnce; j++) {
-        if (!left) break;
-        int source = __ffs(left) - 1;
-        left &= left - 1;
-        auto *start =
-            reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(row), source));
-        if (kWeighted) scale[j] = __shfl_sync(kFullWarp, weight, source);
-        value[0][j] = inside[0] ? loadRow(start + at) : uint4{};
-        value[1][j] = inside[1] ? loadRow(start + at + kBlock) : uint4{};
-      }
-#pragma unroll
-      for (int j = 0; j < kRowsAtOnce; j++) {
-        if (!batch) break;
-        batch &= batch - 1;
-#pragma unroll
-        for (int i = 0; i < As::kElements; i++) {
-          float x = As::get(value[0][j], i), y = As::get(value[1][j], i);
-          sum[0][i] = __fadd_rn(sum[0][i], kWeighted ? __fmul_rn(scale[j], x) : x);
-          sum[1][i] = __fadd_rn(sum[1][i], kWeighted ? __fmul_rn(scale[j], y) : y);
-        }
-      }
-    }
-    if (inside[0]) *reinterpret_cast<uint4 *>(out + at) = As::put(sum[0]);
-    if (inside[1]) *reinterpret_cast<uint4 *>(out + at + kBlock) = As::put(sum[1]);
-  }
+  for (int column = from; column < to; column += 2 * kWarp * 16)
+    sumColumns<As, kWeighted, 8, 2>(out, row, weight, rows, column + lane * 16, to);
+}
+// The same for few rows.
+template <typename As, bool kWeighted>
+__device__ __forceinline__ void sumFewRows(char *out, const char *row, float weight, int to, int lane) {
+  unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
+  for (int column = 0; column < to; column += 3 * kWarp * 16)
+    sumColumns<As, kWeighted, 4, 3>(out, row, weight, rows, column + lane * 16, to);
 }
 
-// PARTIAL, at the experts' rank: sums for every token with two or more rows here. A warp looks at 32 rows at
-// a time, and its lanes follow one token's chain together.
+// PARTIAL, at the experts' rank: sums for every token of another rank with two or more rows here. chains and
+// weights: see followChains.
 template <typename As, bool kWeighted>
 __device__ void combinePartials(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExchange_t &x,
-                                int first, int stride) {
-  int lane = threadIdx.x % kWarp, block = 0;
+                                int32_t *chains, float *weights, int first, int stride) {
+  int lane = threadIdx.x % kWarp, topK = g.topK;
   auto *meta = reinterpret_cast<const kernelMeta_t *>(g.windows[g.rank] + route.metaOffset);
   const char *rows = x.peerRows[g.rank] + x.peerRowsOffset;
   char *partials = g.windows[g.rank] + x.partialsOffset;
-  for (int segment = 0; segment < g.nSegments; segment++) {
-    int64_t start = route.firstRow[segment], end = start + route.rows[segment];
-    int nBlocks = int((end - start + kWarp - 1) / kWarp), skip = (first - block % stride + stride) % stride;
-    block += nBlocks;
-    for (int b = skip; b < nBlocks; b += stride) {
-      int64_t row = start + int64_t(b) * kWarp + lane;
-      bool shared = row < end && __ldcg(&meta[row].isFirst) && __ldcg(&meta[row].next) >= 0;
-      for (unsigned left = __ballot_sync(kFullWarp, shared); left; left &= left - 1) {
-        int64_t head = start + int64_t(b) * kWarp + __ffs(left) - 1, at = head;
-        const char *mine = nullptr;
-        float weight = 1.0f;
-        for (int n = 0; at >= 0 && n < kWarp; n++, at = __ldcg(&meta[at].next)) {
-          if (lane != n) continue;
-          mine = rows + at * x.rowBytes;
-          weight = __ldcg(&meta[at].weight);
-        }
-        sumRows<As, kWeighted>(partials + head * x.rowBytes, mine, weight, 0, x.rowBytes, lane);
-      }
+  forMetaRows(g, route, first, stride, [&](int64_t at, int64_t end) {
+    float headWeight;
+    for (unsigned left = followChains(g, meta, at, end, chains, weights, &headWeight); left;
+         left &= left - 1) {
+      int head = __ffs(left) - 1, nth = head * topK + lane - 1; // lane 0 takes the first row
+      int64_t mine = lane == 0 ? at + head : lane < topK ? chains[nth] : -1;
+      float weight = __shfl_sync(kFullWarp, headWeight, head);
+      if (lane > 0 && lane < topK) weight = weights[nth];
+      sumFewRows<As, kWeighted>(partials + (at + head) * x.rowBytes,
+                                mine < 0 ? nullptr : rows + mine * x.rowBytes, weight, x.rowBytes, lane);
     }
-  }
+    __syncwarp();
+  });
 }
 
 // This rank's tokens, or, where there are fewer tokens than warps, parts of their columns. Lane k looks at
-// the k-th row; PARTIAL: at the partial sum that begins with it, if any.
+// the k-th row; PARTIAL: on other ranks at the partial sum that begins with it, if any.
 template <typename As, bool kWeighted>
 __device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route, const kernelExchange_t &x,
                               const char *const *bases, int first, int stride) {
@@ -105,8 +112,9 @@ __device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route
     int64_t at = int64_t(token) * g.topK + lane;
     kernelPlace_t place = lane < g.topK ? route.places[at] : kernelPlace_t{-1, -1};
     int rank = place.rank & KERNEL_PLACE_RANK_MASK;
-    bool read = place.rank >= 0 && !(x.once && (place.rank & KERNEL_PLACE_LATER));
-    bool partial = read && x.once && (place.rank & KERNEL_PLACE_SHARED);
+    bool sums = x.once && rank != g.rank; // at the row's rank
+    bool read = place.rank >= 0 && !(sums && (place.rank & KERNEL_PLACE_LATER));
+    bool partial = read && sums && (place.rank & KERNEL_PLACE_SHARED);
     const char *row = nullptr;
     if (read) row = partial ? g.windows[rank] + x.partialsOffset : bases[rank];
     if (read) row += int64_t(place.row) * x.rowBytes;
@@ -132,7 +140,10 @@ __global__ void __launch_bounds__(kCombineThreads, 1)
   int stride = int(gridDim.x) * warps, other = -1;
   bool alive = true;
   if (x.once) {
-    combinePartials<As, kWeighted>(g, route, x, first, stride);
+    auto *chains = reinterpret_cast<int32_t *>(bases + g.planner.nRanks) +
+                   int(threadIdx.x) / kWarp * 2 * kMetaRows * g.topK;
+    auto *weights = reinterpret_cast<float *>(chains + kMetaRows * g.topK);
+    combinePartials<As, kWeighted>(g, route, x, chains, weights, first, stride);
     alive = gridBarrier(g, 0, KERNEL_PHASE_COMBINE);
   }
   if (alive) alive = openExchange(g, x.check, call, KERNEL_PHASE_COMBINE, &other);
@@ -167,5 +178,6 @@ int kernelCombineLaunch(const kernelGroup_t *group, const kernelRoute_t *route,
   int nBlocks =
       exchange->once ? group->nBlocks : int(std::max<int64_t>(1, std::min<int64_t>(group->nBlocks, wanted)));
   size_t bytes = group->planner.nRanks * sizeof(char *);
+  if (exchange->once) bytes += size_t(warps) * 2 * kMetaRows * group->topK * sizeof(int32_t);
   return launchKernel(kernel, {nBlocks, kCombineThreads, bytes, stream}, *group, *route, *exchange);
 }

@@ -11,6 +11,7 @@
 #define ULTRAEP_DISPATCH_CUH_
 
 #include "bulk.cuh"
+#include "meta.cuh"
 #include "signal.cuh"
 #include "warp.cuh"
 
@@ -19,8 +20,7 @@
 namespace ultraep {
 
 constexpr int kMaxDispatchWarps = 16;
-constexpr int kBuffers = 2;     // of each warp
-constexpr int kSpreadRows = 16; // that a warp looks at together
+constexpr int kBuffers = 2; // of each warp
 
 // How the rows are cut, and what a warp's lanes know of the current token.
 struct DispatchShape {
@@ -185,46 +185,25 @@ __device__ void dispatchTokens(const DispatchContext &c, DispatchTokens tokens, 
   warpCount(&c.g.state->dispatchBytes, crossed);
 }
 
-__device__ __forceinline__ kernelMeta_t loadMeta(const kernelMeta_t *at) {
-  uint4 v = __ldcg(reinterpret_cast<const uint4 *>(at));
-  return {int32_t(v.x), int32_t(v.y), __uint_as_float(v.z), int32_t(v.w)};
-}
-
-// ONCE, at the destination: rows that came go on to their tokens' other rows here. A warp looks at some rows
-// at a time, each lane following one row's chain into `chains` ([kSpreadRows][topK] of this warp, in shared
-// memory).
+// ONCE, at the destination: rows that came go on to their tokens' other rows here. chains: see followChains.
 template <typename Move>
 __device__ void dispatchSpread(const DispatchContext &c, int32_t *chains, int first, int stride, Move move) {
-  int lane = threadIdx.x % kWarp, topK = c.g.topK, block = 0;
+  int lane = threadIdx.x % kWarp, topK = c.g.topK;
   auto *meta = reinterpret_cast<const kernelMeta_t *>(c.g.windows[c.g.rank] + c.route.metaOffset);
   char *rows = c.bases[c.g.rank];
-  for (int segment = 0; segment < c.g.nSegments; segment++) {
-    int64_t start = c.route.firstRow[segment], end = start + c.route.rows[segment];
-    int nBlocks = int((end - start + kSpreadRows - 1) / kSpreadRows),
-        skip = (first - block % stride + stride) % stride;
-    block += nBlocks;
-    for (int b = skip; b < nBlocks; b += stride) {
-      int64_t at = start + int64_t(b) * kSpreadRows, row = at + lane;
-      bool mayBe = lane < kSpreadRows && row < end;
-      kernelMeta_t own = mayBe ? loadMeta(meta + row) : kernelMeta_t{};
-      int next = mayBe && own.isFirst && own.source != c.g.rank ? own.next : -1;
-      unsigned shared = __ballot_sync(kFullWarp, next >= 0);
-      for (int n = 0; n < topK; n++) {
-        if (lane < kSpreadRows) chains[lane * topK + n] = next;
-        if (next >= 0) next = __ldcg(&meta[next].next);
-      }
-      __syncwarp();
-      auto nth = [&](int i) { return __fns(shared, 0, i + 1); };
-      move(
-          __popc(shared), [&](int i) { return rows + (at + nth(i)) * c.x.rowBytes; },
-          [&](int i) {
-            int mine = lane < topK ? chains[nth(i) * topK + lane] : -1;
-            c.spreadScales(at + nth(i), mine, lane);
-            return mine < 0 ? nullptr : rows + int64_t(mine) * c.x.rowBytes;
-          });
-      __syncwarp();
-    }
-  }
+  forMetaRows(c.g, c.route, first, stride, [&](int64_t at, int64_t end) {
+    float weight;
+    unsigned heads = followChains(c.g, meta, at, end, chains, nullptr, &weight);
+    auto nth = [&](int i) { return __fns(heads, 0, i + 1); };
+    move(
+        __popc(heads), [&](int i) { return rows + (at + nth(i)) * c.x.rowBytes; },
+        [&](int i) {
+          int mine = lane < topK ? chains[nth(i) * topK + lane] : -1;
+          c.spreadScales(at + nth(i), mine, lane);
+          return mine < 0 ? nullptr : rows + int64_t(mine) * c.x.rowBytes;
+        });
+    __syncwarp();
+  });
 }
 
 // The dynamic shared memory of a dispatch: the table of bases, chains where rows are spread, buffers.
@@ -239,7 +218,7 @@ struct DispatchMemory {
   __device__ DispatchMemory(char *memory, const kernelGroup_t &g, const DispatchShape &shape) {
     bases = reinterpret_cast<char **>(memory);
     memory += tableBytes(g.planner.nRanks);
-    chains = reinterpret_cast<int32_t *>(memory) + int(threadIdx.x) / kWarp * kSpreadRows * g.topK;
+    chains = reinterpret_cast<int32_t *>(memory) + int(threadIdx.x) / kWarp * kMetaRows * g.topK;
     buffers = memory + shape.chainBytes;
   }
   __device__ void fillTable(const kernelGroup_t &g, const kernelExchange_t &x) const {
@@ -297,7 +276,7 @@ __device__ inline bool dispatchRun(const DispatchContext &c, const DispatchMemor
 inline DispatchShape dispatchShape(const kernelGroup_t &g, const kernelExchange_t &x, size_t staticBytes,
                                    size_t *bytes) {
   size_t table = DispatchMemory::tableBytes(g.planner.nRanks);
-  size_t chains = x.once ? size_t(kMaxDispatchWarps) * kSpreadRows * g.topK * sizeof(int32_t) : 0;
+  size_t chains = x.once ? size_t(kMaxDispatchWarps) * kMetaRows * g.topK * sizeof(int32_t) : 0;
   size_t room = size_t(g.sharedBytes) - table - chains - staticBytes;
   DispatchShape shape = {kMaxDispatchWarps, 0, 0, int(chains)};
   int most = std::min<int>(16384, int(room / (kMaxDispatchWarps / 2 * kBuffers)) / 128 * 128);

@@ -193,15 +193,20 @@ static void verify_product_add(const verify_t *verify, const float *token, int32
     sum[j] += weight * (token[j] + (j % 2 == 0 ? even : odd));
 }
 
+/* 1 + the rank that got an assignment. */
+static int32_t verify_taker(const verifySource_t *from, int64_t at) {
+  return atomic_load_explicit(&from->takers[at], memory_order_relaxed);
+}
+
 /* One rank's partial sum of a token, from the assignment at k on, added to sum. */
 static void verify_partial_add(const verify_t *verify, const verifySource_t *from, int64_t base, int32_t k,
                                const float *token, float *partial, float *sum) {
   int32_t hidden = verify->shape.hidden, parts = 0;
-  unsigned short taker = atomic_load_explicit(&from->takers[base + k], memory_order_relaxed);
+  int32_t taker = verify_taker(from, base + k);
   memset(partial, 0, (size_t)hidden * sizeof(float));
   for (int32_t i = k; i < verify->topK; i++) {
     if (from->topk[base + i] < 0) continue;
-    if (atomic_load_explicit(&from->takers[base + i], memory_order_relaxed) != taker) continue;
+    if (verify_taker(from, base + i) != taker) continue;
     verify_product_add(verify, token, from->topk[base + i], from->weights[base + i], partial);
     parts++;
   }
@@ -215,10 +220,10 @@ static void verify_partial_add(const verify_t *verify, const verifySource_t *fro
 
 /* True where no earlier entry of the token went to the same rank as entry k. */
 static bool verify_taker_first(const verify_t *verify, const verifySource_t *from, int64_t base, int32_t k) {
-  unsigned short taker = atomic_load_explicit(&from->takers[base + k], memory_order_relaxed);
+  int32_t taker = verify_taker(from, base + k);
   for (int32_t i = 0; i < k && i < verify->topK; i++) {
     if (from->topk[base + i] < 0) continue;
-    if (atomic_load_explicit(&from->takers[base + i], memory_order_relaxed) == taker) return false;
+    if (verify_taker(from, base + i) == taker) return false;
   }
   return true;
 }
@@ -236,7 +241,8 @@ int64_t verifyCombined(verify_t *verify, int32_t source, const uint8_t *combined
     memset(sum, 0, hidden * sizeof(float));
     for (int32_t k = 0; k < verify->topK; k++) {
       if (from->topk[base + k] < 0) continue;
-      if (!verify->partial) {
+      /* Rows on the token's own rank are added as they are. */
+      if (!verify->partial || verify_taker(from, base + k) == source + 1) {
         verify_product_add(verify, token, from->topk[base + k], from->weights[base + k], sum);
       } else if (verify_taker_first(verify, from, base, k)) {
         verify_partial_add(verify, from, base, k, token, partial, sum);

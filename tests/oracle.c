@@ -274,11 +274,11 @@ static float oracle_round(int32_t dataType, float value) {
 
 /* products[k] * used[k] of one element -> the combined value. */
 static float oracle_sum(const oracleCase_t *c, const float *products, const int32_t *topk,
-                        const int32_t *rankOf, bool partial) {
+                        const int32_t *rankOf, int src, bool partial) {
   float sum = 0.0f;
   for (int k = 0; k < c->topK; k++) {
     if (topk[k] < 0) continue;
-    if (!partial) {
+    if (!partial || rankOf[k] == src) {
       sum += products[k];
       continue;
     }
@@ -309,7 +309,7 @@ static void oracle_combine_token(const oracleCase_t *c, int src, int token, bool
       float weight = weighted && c->weights[src] ? c->weights[src][(int64_t)token * c->topK + k] : 1.0f;
       products[k] = weight * oracle_load(c->dataType, outs + (size_t)k * c->rowBytes, i);
     }
-    oracle_store(c->dataType, y, i, oracle_sum(c, products, topk, rankOf, partial));
+    oracle_store(c->dataType, y, i, oracle_sum(c, products, topk, rankOf, src, partial));
   }
 }
 

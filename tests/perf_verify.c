@@ -341,18 +341,23 @@ static void test_partial_differs(void **state) {
       float values[HIDDEN], sums[HIDDEN] = {0}, part[HIDDEN];
       uint16_t rounded[HIDDEN];
       rowLoad(&x->verify.shape, x->tokens[source] + (size_t)token * x->verify.shape.bytes, values);
-      int order[RANKS] = {0, 1}, first = x->topk[source][token * TOPK];
-      if (first >= 0 && taker_rank(first, token) == 1) order[0] = 1, order[1] = 0;
-      for (int r = 0; r < RANKS; r++) {
-        int parts = 0;
+      for (int k = 0; k < TOPK; k++) {
+        int expert = x->topk[source][token * TOPK + k], parts = 0;
+        int rank = expert < 0 ? -1 : taker_rank(expert, token);
+        bool own = rank == source, summed = false; /* rows of the token's own rank are not put together */
+        for (int i = 0; i < k && !own; i++) {
+          int other = x->topk[source][token * TOPK + i];
+          summed = summed || (other >= 0 && taker_rank(other, token) == rank);
+        }
+        if (rank < 0 || summed) continue;
         memset(part, 0, sizeof(part));
-        for (int k = 0; k < TOPK; k++) {
-          int expert = x->topk[source][token * TOPK + k];
-          if (expert < 0 || taker_rank(expert, token) != order[r]) continue;
+        for (int i = k; i < (own ? k + 1 : TOPK); i++) {
+          int other = x->topk[source][token * TOPK + i];
+          if (other < 0 || taker_rank(other, token) != rank) continue;
           parts++;
           for (int j = 0; j < HIDDEN; j++) {
             part[j] +=
-                x->weights[source][token * TOPK + k] * (values[j] + (float)(j % 2 == 0 ? expert - 32 : -32));
+                x->weights[source][token * TOPK + i] * (values[j] + (float)(j % 2 == 0 ? other - 32 : -32));
           }
         }
         if (parts > 1)
