@@ -36,6 +36,15 @@ static int nDevices;
   } while (0)
 #define AWAY_OK(x, call) AWAY_IS(x, call, ultraepSuccess)
 
+/* What the test itself asks of CUDA it asks on the communicator's device: CUDA wants that of copies of
+ * cudaMallocAsync's memory, such as routes' arrays, and other devices may have no access to the rest. */
+#define HOME(x, call)                                                                                        \
+  do {                                                                                                       \
+    RANK_CUDA(cudaSetDevice((x)->home));                                                                     \
+    RANK_DO(call);                                                                                           \
+    RANK_CUDA(cudaSetDevice((x)->away));                                                                     \
+  } while (0)
+
 /* A rank: both backends' parts, and the thread's current device, another than the communicator's. */
 typedef struct {
   gpuShape_t shape;
@@ -68,7 +77,6 @@ static const char *inputs_make(away_t *x) {
   size_t n = (size_t)x->shape.nTokens[x->device.rank] + 1, entries = n * (size_t)x->shape.config.topK;
   size_t row = (size_t)x->shape.config.hidden * 2;
   gpuSide_t *side = &x->device;
-  RANK_CUDA(cudaSetDevice(x->home));
   RANK_CUDA(cudaMalloc((void **)&side->topk, entries * sizeof(int32_t)));
   RANK_CUDA(cudaMalloc((void **)&side->topkWeights, entries * sizeof(float)));
   RANK_CUDA(cudaMalloc((void **)&side->tokens, n * row));
@@ -76,7 +84,6 @@ static const char *inputs_make(away_t *x) {
   RANK_CUDA(cudaMalloc((void **)&side->out, n * row));
   RANK_CUDA(cudaMalloc((void **)&side->sum, n * row));
   RANK_CUDA(cudaMalloc((void **)&x->grads, (size_t)x->shape.config.nExperts / RANKS * EXPERT_BYTES));
-  RANK_CUDA(cudaSetDevice(x->away));
   return NULL;
 }
 
@@ -100,7 +107,8 @@ static const char *side_make(gpuWorld_t *world, int rank, away_t *x) {
   ultraepSegments_t segments;
   AWAY_OK(x, ultraepRouteSegments(side->route, &segments));
   RANK_DO(check_home(x, segments.firstRow, "segments"));
-  return inputs_make(x);
+  HOME(x, inputs_make(x));
+  return NULL;
 }
 
 static const char *side_free(away_t *x) {
@@ -114,13 +122,20 @@ static const char *side_free(away_t *x) {
   return NULL;
 }
 
+static const char *launch(cudaGraph_t graph, cudaGraphExec_t *exec, cudaStream_t stream) {
+  RANK_CUDA(cudaGraphInstantiate(exec, graph, 0));
+  RANK_CUDA(cudaGraphDestroy(graph));
+  RANK_CUDA(cudaGraphLaunch(*exec, stream));
+  return NULL;
+}
+
 /* Updates, dispatches and combines: apart, in one call, and replayed. */
 static const char *exchange(away_t *x, bool fused, bool captured) {
   cudaGraph_t graph;
   cudaGraphExec_t exec = NULL;
   gpu_data_fill(&x->shape, GPU_LOADS_SKEW, &x->data, &x->random);
   RANK_DO(gpu_host_run(&x->host, &x->data));
-  RANK_DO(gpu_device_inputs(&x->device, &x->data, x->stream));
+  HOME(x, gpu_device_inputs(&x->device, &x->data, x->stream));
   if (captured) RANK_CUDA(cudaStreamBeginCapture(x->stream, cudaStreamCaptureModeThreadLocal));
   if (fused) {
     AWAY(x, gpu_device_fused(&x->device, x->device.route, x->stream));
@@ -130,11 +145,9 @@ static const char *exchange(away_t *x, bool fused, bool captured) {
   }
   if (captured) {
     RANK_CUDA(cudaStreamEndCapture(x->stream, &graph));
-    RANK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    RANK_CUDA(cudaGraphDestroy(graph));
-    RANK_CUDA(cudaGraphLaunch(exec, x->stream));
+    HOME(x, launch(graph, &exec, x->stream));
   }
-  RANK_DO(gpu_device_outputs(&x->device, &x->data, x->stream));
+  HOME(x, gpu_device_outputs(&x->device, &x->data, x->stream));
   RANK_CUDA(cudaStreamSynchronize(x->stream));
   if (exec) RANK_CUDA(cudaGraphExecDestroy(exec));
   return gpu_compare_data(&x->shape, &x->data);
@@ -143,7 +156,7 @@ static const char *exchange(away_t *x, bool fused, bool captured) {
 static const char *exchanges(away_t *x) {
   for (int i = 0; i < 2; i++) {
     RANK_DO(exchange(x, i == 1, false));
-    AWAY(x, gpu_compare_segments(x->host.route, x->device.route, x->stream));
+    HOME(x, gpu_compare_segments(x->host.route, x->device.route, x->stream));
     AWAY(x, gpu_compare_plans(x->host.route, x->device.route));
   }
   AWAY(x, gpu_compare_counters(x->host.group, x->device.group));
@@ -153,15 +166,19 @@ static const char *exchanges(away_t *x) {
 
 /* ---- experts ---- */
 
-static const char *experts_register(away_t *x, int nLocal) {
-  ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
-  size_t bytes = (size_t)nLocal * EXPERT_BYTES;
-  AWAY_OK(x, ultraepMemAlloc(x->device.group, (void **)&x->masters, bytes));
+static const char *experts_fill(const away_t *x, int nLocal) {
   for (int e = 0; e < nLocal; e++)
     RANK_CUDA(cudaMemsetAsync(x->masters + (size_t)e * EXPERT_BYTES, x->device.rank * nLocal + e + 1,
                               EXPERT_BYTES, x->stream));
-  RANK_CUDA(cudaMemsetAsync(x->grads, 0, bytes, x->stream));
+  RANK_CUDA(cudaMemsetAsync(x->grads, 0, (size_t)nLocal * EXPERT_BYTES, x->stream));
   RANK_CUDA(cudaStreamSynchronize(x->stream));
+  return NULL;
+}
+
+static const char *experts_register(away_t *x, int nLocal) {
+  ultraepExperts_t experts = ULTRAEP_EXPERTS_INITIALIZER;
+  AWAY_OK(x, ultraepMemAlloc(x->device.group, (void **)&x->masters, (size_t)nLocal * EXPERT_BYTES));
+  HOME(x, experts_fill(x, nLocal));
   experts.nWeights = experts.nGrads = 1;
   experts.weights[0] = (ultraepExpertTensor_t){.master = x->masters, .bytes = EXPERT_BYTES};
   experts.grads[0] =
@@ -171,22 +188,20 @@ static const char *experts_register(away_t *x, int nLocal) {
 }
 
 /* Every instance has its expert's weights, on the communicator's device. */
-static const char *experts_check(away_t *x, int *nReplicas, int nLocal) {
+static const char *experts_check(const away_t *x, const ultraepSegments_t *segments, int *nReplicas,
+                                 int nLocal) {
   int32_t experts[MOST_SEGMENTS];
   unsigned char *places[MOST_SEGMENTS], seen = 0;
-  ultraepSegments_t segments;
-  AWAY_OK(x, ultraepRouteSegments(x->device.route, &segments));
-  RANK_CHECK(segments.nSegments <= MOST_SEGMENTS, "%d segments", segments.nSegments);
-  size_t n = (size_t)segments.nSegments;
-  RANK_CUDA(
-      cudaMemcpyAsync(experts, segments.expert, n * sizeof(*experts), cudaMemcpyDeviceToHost, x->stream));
-  RANK_CUDA(
-      cudaMemcpyAsync(places, segments.weights[0], n * sizeof(*places), cudaMemcpyDeviceToHost, x->stream));
+  RANK_CHECK(segments->nSegments <= MOST_SEGMENTS, "%d segments", segments->nSegments);
+  size_t n = (size_t)segments->nSegments;
+  const enum cudaMemcpyKind kind = cudaMemcpyDeviceToHost;
+  RANK_CUDA(cudaMemcpyAsync(experts, segments->expert, n * sizeof(*experts), kind, x->stream));
+  RANK_CUDA(cudaMemcpyAsync(places, segments->weights[0], n * sizeof(*places), kind, x->stream));
   RANK_CUDA(cudaStreamSynchronize(x->stream));
   for (size_t i = 0; i < n; i++) {
     if (experts[i] < 0) continue;
     RANK_DO(check_home(x, places[i], "an instance's weights"));
-    RANK_CUDA(cudaMemcpyAsync(&seen, places[i] + EXPERT_BYTES - 1, 1, cudaMemcpyDeviceToHost, x->stream));
+    RANK_CUDA(cudaMemcpyAsync(&seen, places[i] + EXPERT_BYTES - 1, 1, kind, x->stream));
     RANK_CUDA(cudaStreamSynchronize(x->stream));
     RANK_CHECK(seen == experts[i] + 1, "expert %d's weights are those of %d", experts[i], seen - 1);
     *nReplicas += i >= (size_t)nLocal;
@@ -196,10 +211,12 @@ static const char *experts_check(away_t *x, int *nReplicas, int nLocal) {
 
 static const char *experts(away_t *x) {
   int nLocal = x->shape.config.nExperts / RANKS, nReplicas = 0;
+  ultraepSegments_t segments;
   ultraepPlan_t plan;
   RANK_DO(experts_register(x, nLocal));
   AWAY_OK(x, ultraepWeightsSync(x->device.route, 0, x->stream));
-  RANK_DO(experts_check(x, &nReplicas, nLocal));
+  AWAY_OK(x, ultraepRouteSegments(x->device.route, &segments));
+  HOME(x, experts_check(x, &segments, &nReplicas, nLocal));
   AWAY_OK(x, ultraepGradsReduce(x->device.route, 0, x->stream));
   RANK_CUDA(cudaStreamSynchronize(x->stream));
   AWAY_OK(x, ultraepGroupStatus(x->device.group, NULL));
