@@ -18,6 +18,7 @@
 #include <cmocka.h>
 
 #include "gpu_common.h"
+#include "gpu_copy.h"
 #include "gpu_world.h"
 
 #define BYTES ((size_t)1 << 20)
@@ -31,6 +32,41 @@ static int nDevices = 1;
 
 static int mapper_device(void) {
   return nDevices - 1;
+}
+
+static int on_owners_device(void **state) {
+  (void)state;
+  return cudaSetDevice(0) == cudaSuccess ? 0 : -1;
+}
+
+/* ---- what lies behind a mapping ----
+ *
+ * By kernels on the mapper's device, as ranks see it: that is all that a mapping is for, and CUDA's memsets
+ * want more. At most SPOT bytes; afterwards that device is the current one. */
+
+/* Page-locked, this process's own and there to its end. */
+static unsigned char *mapped_buffer(void) {
+  static void *buffer;
+  if (!buffer && cudaMallocHost(&buffer, SPOT) != cudaSuccess) buffer = NULL;
+  return buffer;
+}
+
+static cudaError_t mapped_copy(void *to, const void *from, size_t bytes) {
+  cudaError_t error = to && from ? cudaSetDevice(mapper_device()) : cudaErrorMemoryAllocation;
+  if (error == cudaSuccess) error = (cudaError_t)gpu_copy(to, from, bytes, NULL);
+  return error == cudaSuccess ? cudaDeviceSynchronize() : error;
+}
+
+static cudaError_t mapped_read(unsigned char *to, const void *mapped, size_t bytes) {
+  cudaError_t error = mapped_copy(mapped_buffer(), mapped, bytes);
+  if (error == cudaSuccess) memcpy(to, mapped_buffer(), bytes);
+  return error;
+}
+
+static cudaError_t mapped_set(void *mapped, uint8_t value, size_t bytes) {
+  unsigned char *buffer = mapped_buffer();
+  if (buffer) memset(buffer, value, bytes);
+  return mapped_copy(mapped, buffer, bytes);
 }
 
 /* ---- another process: a child from before CUDA's start ---- */
@@ -53,15 +89,14 @@ static pid_t childPid;
 static answer_t child_do(const order_t *order, int fd) {
   answer_t answer = {.found = -1};
   peerMapping_t mapping;
-  unsigned char spot[SPOT];
+  unsigned char spot[SPOT] = {0};
   ultraepResult_t result = peer_memory_map(&order->name, fd, mapper_device(), &mapping);
   if (result == ultraepSuccess) {
     char *at = (char *)mapping.base + order->offset;
-    cudaError_t error = cudaMemcpy(spot, at, SPOT, cudaMemcpyDeviceToHost);
+    cudaError_t error = mapped_read(spot, at, SPOT);
     bool isWhole = error == cudaSuccess;
     for (int i = 0; i < SPOT && isWhole; i++) isWhole = spot[i] == order->old;
-    if (error == cudaSuccess) error = cudaMemset(at, order->new, SPOT);
-    if (error == cudaSuccess) error = cudaDeviceSynchronize();
+    if (error == cudaSuccess) error = mapped_set(at, order->new, SPOT);
     answer.found = isWhole ? order->old : spot[0];
     answer.kind = mapping.kind;
     peer_memory_unmap(&mapping);
@@ -320,16 +355,16 @@ static void check_thread(const memory_t *memory, bool kept) {
   assert_int_equal(pthread_join(thread, NULL), 0);
   assert_int_equal(mapper.result, ultraepSuccess);
   char *mapped = mapper.mapping.base;
-  GPU_OK(cudaSetDevice(mapper_device()));
-  GPU_OK(cudaMemset(mapped + 100, 42, 1));
-  GPU_OK(cudaDeviceSynchronize());
+  GPU_OK(mapped_set(mapped + 100, 42, 1));
   GPU_OK(cudaSetDevice(0));
   GPU_OK(cudaMemcpy(&byte, ptr + 100, 1, cudaMemcpyDeviceToHost));
   assert_int_equal(byte, 42);
   if (kept && memory->isCumem && mapper.name.kind != PEER_MEMORY_IPC) {
     assert_true(mapped != (char *)ptr);
     memory_free(memory, ptr);
-    GPU_OK(cudaMemcpy(&byte, mapped + 100, 1, cudaMemcpyDeviceToHost)); /* it lives on */
+    byte = 0;
+    GPU_OK(mapped_read(&byte, mapped + 100, 1)); /* it lives on */
+    GPU_OK(cudaSetDevice(0));
     assert_int_equal(byte, 42);
     peer_memory_unmap(&mapper.mapping);
   } else {
@@ -461,12 +496,12 @@ static void test_choice(void **state) {
   free(before);
 }
 
+#define TEST(test) cmocka_unit_test_setup(test, on_owners_device)
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_alive),         cmocka_unit_test(test_unshared),
-      cmocka_unit_test(test_threads),       cmocka_unit_test(test_process_malloc),
-      cmocka_unit_test(test_process_cumem), cmocka_unit_test(test_process_segments),
-      cmocka_unit_test(test_group),         cmocka_unit_test(test_choice),
+      TEST(test_alive),         TEST(test_unshared),         TEST(test_threads), TEST(test_process_malloc),
+      TEST(test_process_cumem), TEST(test_process_segments), TEST(test_group),   TEST(test_choice),
   };
   if (peer_socket_open(&parentSocket) != ultraepSuccess || peer_socket_open(&childSocket) != ultraepSuccess) {
     printf("%s\n", ultraepGetLastError());
@@ -477,7 +512,9 @@ int main(void) {
   int failed = GPU_SKIP_CODE;
   if (childPid > 0 && cudaGetDeviceCount(&nDevices) == cudaSuccess && nDevices > 0) {
     hasNccl = gpu_world_usable(true);
-    (void)cudaSetDevice(0);
+    /* As a rank's, the mapper's device has a context: peer access to cudaMalloc's memory ends with it. */
+    (void)cudaSetDevice(mapper_device());
+    (void)cudaFree(NULL);
     failed = cmocka_run_group_tests_name("gpu_peer_memory", tests, NULL, NULL);
   } else {
     printf("no CUDA device: skipped\n");
