@@ -165,6 +165,67 @@ static void test_memory(void **state) {
   OK(cudaStreamDestroy(stream));
 }
 
+/* Stream-ordered memory is copied with the stream's device as the current one. */
+static void test_pool(void **state) {
+  cudaStream_t stream;
+  unsigned char *pooled = NULL, byte = 0;
+  (void)state;
+  OK(cudaSetDevice(1));
+  OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  OK(cudaMallocAsync((void **)&pooled, BYTES, stream));
+  OK(cudaSetDevice(0));
+  OK(cudaMemsetAsync(pooled, 3, BYTES, stream));
+  IS(cudaMemcpyAsync(&byte, pooled, 1, cudaMemcpyDeviceToHost, stream), cudaErrorInvalidValue);
+  IS(cudaMemcpyAsync(pooled, &byte, 1, cudaMemcpyHostToDevice, stream), cudaErrorInvalidValue);
+  OK(cudaSetDevice(1));
+  OK(cudaMemcpyAsync(&byte, pooled, 1, cudaMemcpyDeviceToHost, stream));
+  OK(cudaStreamSynchronize(stream));
+  assert_int_equal(byte, 3);
+  OK(cudaFreeAsync(pooled, stream));
+  OK(cudaStreamDestroy(stream));
+  OK(cudaSetDevice(0));
+}
+
+static CUdeviceptr cumem_map(CUmemGenericAllocationHandle memory, size_t bytes, int device) {
+  const CUmemAccessDesc access = {.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device},
+                                  .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  CUdeviceptr base;
+  OK(cuMemAddressReserve(&base, bytes, 0, 0, 0));
+  OK(cuMemMap(base, bytes, 0, memory, 0));
+  OK(cuMemSetAccess(base, bytes, &access, 1));
+  return base;
+}
+
+/* Memory of device 0, mapped for it and once more for device 1: copies need access for the device that makes
+ * them, memsets for the memory's, too. */
+static void test_cumem(void **state) {
+  const CUmemAllocationProp properties = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                                          .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = 0}};
+  CUmemGenericAllocationHandle memory;
+  unsigned char *at[2], byte = 0;
+  size_t bytes;
+  (void)state;
+  OK(cuMemGetAllocationGranularity(&bytes, &properties, CU_MEM_ALLOC_GRANULARITY_MINIMUM));
+  OK(cuMemCreate(&memory, bytes, &properties, 0));
+  for (int i = 0; i < 2; i++) at[i] = (unsigned char *)(uintptr_t)cumem_map(memory, bytes, i);
+  OK(cuMemRelease(memory));
+  for (int device = 0; device < 2; device++) {
+    OK(cudaSetDevice(device));
+    OK(cudaMemcpy(at[device], &byte, 1, cudaMemcpyHostToDevice));
+    OK(cudaMemcpy(&byte, at[device], 1, cudaMemcpyDeviceToHost));
+    IS(cudaMemcpy(&byte, at[!device], 1, cudaMemcpyDeviceToHost), cudaErrorInvalidValue);
+    IS(cudaMemcpyAsync(at[!device], &byte, 1, cudaMemcpyHostToDevice, NULL), cudaErrorInvalidValue);
+    IS(cudaMemset(at[!device], 1, 1), cudaErrorInvalidValue);
+  }
+  IS(cudaMemset(at[1], 1, 1), cudaErrorInvalidValue); /* on device 1, for which it is mapped */
+  OK(cudaSetDevice(0));
+  OK(cudaMemset(at[0], 1, 1));
+  for (int i = 0; i < 2; i++) {
+    OK(cuMemUnmap((CUdeviceptr)(uintptr_t)at[i], bytes));
+    OK(cuMemAddressFree((CUdeviceptr)(uintptr_t)at[i], bytes));
+  }
+}
+
 /* A kernel asks for shared memory on each device. */
 static void test_functions(void **state) {
   (void)state;
@@ -197,10 +258,37 @@ static void test_peers(void **state) {
   OK(cudaDeviceDisablePeerAccess(1));
 }
 
+/* A memset of cudaMalloc's memory of another device needs peer access, which ends with the context. */
+static void test_peer_memset(void **state) {
+  unsigned char *there = NULL;
+  CUcontext contexts[2];
+  (void)state;
+  OK(cudaSetDevice(1));
+  OK(cudaMalloc((void **)&there, BYTES));
+  OK(cudaSetDevice(0));
+  IS(cudaMemset(there, 1, BYTES), cudaErrorInvalidValue);
+  OK(cudaDeviceEnablePeerAccess(1, 0));
+  OK(cudaMemset(there, 1, BYTES));
+  OK(cudaDeviceDisablePeerAccess(1));
+  OK(cuDevicePrimaryCtxRetain(&contexts[0], 3)); /* nobody else uses it */
+  OK(cuDevicePrimaryCtxRetain(&contexts[1], 1));
+  OK(cuCtxPushCurrent(contexts[0]));
+  OK(cuCtxEnablePeerAccess(contexts[1], 0));
+  assert_int_equal(cuCtxEnablePeerAccess(contexts[1], 0), CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
+  OK(cuCtxPopCurrent(&contexts[0]));
+  OK(cuDevicePrimaryCtxRelease(3));
+  OK(cudaSetDevice(3));
+  IS(cudaMemset(there, 1, BYTES), cudaErrorInvalidValue);
+  OK(cudaSetDevice(0));
+  OK(cuDevicePrimaryCtxRelease(1));
+  OK(cudaFree(there));
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_contexts), cmocka_unit_test(test_streams),
-                                     cmocka_unit_test(test_memory), cmocka_unit_test(test_functions),
-                                     cmocka_unit_test(test_peers)};
+                                     cmocka_unit_test(test_memory),   cmocka_unit_test(test_functions),
+                                     cmocka_unit_test(test_pool),     cmocka_unit_test(test_cumem),
+                                     cmocka_unit_test(test_peers),    cmocka_unit_test(test_peer_memset)};
   (void)setenv("EMULATED_DEVICES", "4", 1);
   (void)unsetenv("EMULATED_SM");
   return cmocka_run_group_tests_name("emulated_devices", tests, NULL, NULL);

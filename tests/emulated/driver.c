@@ -80,7 +80,7 @@ enum { CONTEXT_MAX_DEPTH = 16 };
 struct CUctx_st {
   atomic_int refs;     /* by cuDevicePrimaryCtxRetain; the runtime's own use is not counted */
   atomic_bool isInUse; /* by the runtime */
-  atomic_uint peers;   /* bits: devices that this one may reach */
+  atomic_uint peers;   /* bits: devices that this one may reach; gone with the context */
 };
 
 static struct CUctx_st contexts[RUNTIME_MAX_DEVICES];
@@ -126,7 +126,9 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
 
 CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
   if (!driver_is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
-  if (atomic_fetch_sub(&contexts[device].refs, 1) > 0) return CUDA_SUCCESS;
+  int before = atomic_fetch_sub(&contexts[device].refs, 1);
+  if (before == 1 && !atomic_load(&contexts[device].isInUse)) atomic_store(&contexts[device].peers, 0);
+  if (before > 0) return CUDA_SUCCESS;
   atomic_fetch_add(&contexts[device].refs, 1);
   return CUDA_ERROR_INVALID_CONTEXT;
 }
@@ -171,6 +173,10 @@ CUresult cuCtxDisablePeerAccess(CUcontext peer) {
   if (!driver_context(&device) || other < 0) return CUDA_ERROR_INVALID_CONTEXT;
   unsigned bit = 1u << other, before = atomic_fetch_and(&contexts[device].peers, ~bit);
   return before & bit ? CUDA_SUCCESS : CUDA_ERROR_PEER_ACCESS_NOT_ENABLED;
+}
+
+bool driver_reaches(int device, int other) {
+  return atomic_load(&contexts[device].peers) >> other & 1;
 }
 
 /* ---- pointers ---- */

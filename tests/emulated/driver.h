@@ -15,6 +15,8 @@ bool driver_replace_pushed(int device);
 /* The runtime uses the device's context, which is there from now on. */
 void driver_use_context(int device);
 bool driver_is_device(int device);
+/* Peer access: whether it was enabled, from one device to the memory of the other. */
+bool driver_reaches(int device, int other);
 
 #pragma GCC visibility pop
 

@@ -3,6 +3,7 @@
  * All devices' memory is the host's. What cudaMalloc gives is a memory file between two pages that nobody may
  * touch, so that other processes can map it (cudaIpc); all else is the heap's. Either way AddressSanitizer
  * sees overruns. New memory holds a pattern, not zeros. */
+#include "driver.h"
 #include "runtime.h"
 
 #include <stdlib.h>
@@ -363,12 +364,39 @@ static bool memory_covers(const void *ptr, size_t bytes) {
   return memory_find(ptr, &entry) && memory_find((const char *)ptr + bytes - 1, &entry);
 }
 
-/* A device writes what it has got access to; of memory that is not cuMem's that is not looked at. */
-static bool memory_is_writable(const void *ptr, int device) {
+/* Whether a device has got access to cuMem's memory, by the flags; all other memory is open to it. */
+static bool memory_is_open(const void *ptr, int device, unsigned long long flags) {
   CUmemLocation location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device};
-  unsigned long long flags;
-  return cuMemGetAccess(&flags, &location, (CUdeviceptr)(uintptr_t)ptr) != CUDA_SUCCESS ||
-         flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  unsigned long long found;
+  return cuMemGetAccess(&found, &location, (CUdeviceptr)(uintptr_t)ptr) != CUDA_SUCCESS ||
+         (found & flags) == flags;
+}
+
+/* The stream's device must reach the memory, and so must the device that the memory lies on: a mapping for
+ * another device alone will not do. */
+static bool set_is_allowed(const void *to, size_t bytes, int device) {
+  const unsigned long long flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  memoryEntry_t entry;
+  if (!memory_covers(to, bytes) || !memory_find(to, &entry)) return false;
+  emulatedMemory_t kind = entry.range.kind;
+  int home = entry.range.device;
+  if (kind == EMULATED_HOST || kind == EMULATED_MANAGED) return true;
+  if (kind == EMULATED_CUMEM) return memory_is_open(to, device, flags) && memory_is_open(to, home, flags);
+  return device == home || driver_reaches(device, home);
+}
+
+/* A copy runs on the stream's device, which must have access to cuMem's memory. */
+static bool copy_reaches(const void *to, const void *from, int device) {
+  return memory_is_open(to, device, CU_MEM_ACCESS_FLAGS_PROT_READWRITE) &&
+         memory_is_open(from, device, CU_MEM_ACCESS_FLAGS_PROT_READ);
+}
+
+/* CUDA's guide: an asynchronous copy of cudaMallocAsync's memory wants the stream's device to be current. */
+static bool copy_is_at_home(const void *to, const void *from, int device) {
+  memoryEntry_t entry;
+  bool isPooled = (memory_find(to, &entry) && entry.range.kind == EMULATED_POOL) ||
+                  (memory_find(from, &entry) && entry.range.kind == EMULATED_POOL);
+  return !isPooled || runtime_device() == device;
 }
 
 static bool copy_is_allowed(const void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
@@ -383,7 +411,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
   memoryEntry_t entry;
   (void)runtime_device();
   if (bytes == 0) return cudaSuccess;
-  if (!copy_is_allowed(to, from, bytes, kind)) return runtime_error(cudaErrorInvalidValue);
+  int device = runtime_stream_device(stream);
+  if (!copy_is_allowed(to, from, bytes, kind) || !copy_reaches(to, from, device) ||
+      !copy_is_at_home(to, from, device))
+    return runtime_error(cudaErrorInvalidValue);
   /* As CUDA does, what is in pageable memory is read before the call returns. */
   bool isStaged = !memory_find(from, &entry) && !runtime_is_captured(stream);
   runtimeTask_t *task = runtime_task_make(copy_run, NULL, sizeof(copy_t) + (isStaged ? bytes : 0));
@@ -401,18 +432,18 @@ cudaError_t cudaMemcpyPeerAsync(void *to, int toDevice, const void *from, int fr
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
-  (void)runtime_device();
+  int device = runtime_device();
   if (bytes == 0) return cudaSuccess;
   if (runtime_capture_forbids()) return runtime_error(cudaErrorStreamCaptureImplicit);
-  if (!copy_is_allowed(to, from, bytes, kind)) return runtime_error(cudaErrorInvalidValue);
+  if (!copy_is_allowed(to, from, bytes, kind) || !copy_reaches(to, from, device))
+    return runtime_error(cudaErrorInvalidValue);
   copy_bytes(to, from, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
-  if (!memory_covers(to, bytes) || !memory_is_writable(to, runtime_stream_device(stream)))
-    return runtime_error(cudaErrorInvalidValue);
+  if (!set_is_allowed(to, bytes, runtime_stream_device(stream))) return runtime_error(cudaErrorInvalidValue);
   runtimeTask_t *task = runtime_task_make(set_run, NULL, sizeof(set_t));
   *(set_t *)(void *)task->argument = (set_t){to, bytes, (unsigned char)value};
   return runtime_error(runtime_enqueue(stream, task));
@@ -422,8 +453,7 @@ cudaError_t cudaMemset(void *to, int value, size_t bytes) {
   int device = runtime_device();
   if (bytes == 0) return cudaSuccess;
   if (runtime_capture_forbids()) return runtime_error(cudaErrorStreamCaptureImplicit);
-  if (!memory_covers(to, bytes) || !memory_is_writable(to, device))
-    return runtime_error(cudaErrorInvalidValue);
+  if (!set_is_allowed(to, bytes, device)) return runtime_error(cudaErrorInvalidValue);
   set_bytes(to, (unsigned char)value, bytes);
   return cudaSuccess;
 }
