@@ -326,7 +326,8 @@ ULTRAEP_API ultraepResult_t ultraepRouteUpdate(ultraepRoute_t route, const int32
 
 /* The segments of this rank, one per local instance: E/R masters, then S slots. Arrays are owned by the
  * route, live on the group's device (host memory for the host backend), keep their addresses for the life of
- * the route, and hold what the last ultraepRouteUpdate (in stream order) wrote. */
+ * the route, and hold what the last ultraepRouteUpdate (in stream order) wrote. They are cudaMallocAsync's
+ * memory: other devices have no access, and cudaMemcpyAsync wants the group's device current. */
 typedef struct {
   int32_t nSegments;       /* E/R + S, always */
   const int32_t *expert;   /* [nSegments] global expert, -1 for an empty slot */
