@@ -69,13 +69,23 @@ typedef struct {
 
 /* Threads that share a GPU get their part of it each, or products of several ranks would take turns.
  * Processes get theirs from MPS. */
-static int cuda_share_set(moeRank_t *rank, const cudaEngine_t *engine) {
+static int cuda_share_set(moeRank_t *rank, const cudaEngine_t *engine, int32_t taken) {
   const cudaRank_t *self = rank->device;
   int sms = 0, sharing = (benchCuda.nLocal + benchCuda.nDevices - 1) / benchCuda.nDevices;
-  if (sharing <= 1) return 0;
   BENCH_CUDA(rank->base, cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount,
                                                 benchCudaDevice(rank->base->local)));
-  MOE_CUBLAS(rank, self->cublas->SetSmCountTarget(engine->handle, sms / sharing < 1 ? 1 : sms / sharing));
+  int share = sms / (sharing < 1 ? 1 : sharing) - taken;
+  if (sharing <= 1 && taken == 0) share = 0; /* all, cuBLAS's default */
+  MOE_CUBLAS(rank, self->cublas->SetSmCountTarget(engine->handle, share < 0 ? 1 : share));
+  return 0;
+}
+/* Without the SMs that another kernel takes meanwhile: cuBLAS deals the work to all SMs beforehand, and would
+ * wait for those. */
+static int cuda_shares_set(moeRank_t *rank, int32_t taken) {
+  const cudaRank_t *self = rank->device;
+  for (int32_t i = 0; i < moe_options(rank)->nStreams; i++) {
+    if (cuda_share_set(rank, &self->engines[i], taken) != 0) return -1;
+  }
   return 0;
 }
 
@@ -88,7 +98,7 @@ static int cuda_engine_make(moeRank_t *rank, cudaEngine_t *engine) {
   MOE_CUBLAS(rank, self->cublas->SetStream(engine->handle, first ? rank->base->stream : engine->stream));
   BENCH_CUDA(rank->base, cudaMalloc(&engine->workspace, CUDA_WORKSPACE_BYTES));
   MOE_CUBLAS(rank, self->cublas->SetWorkspace(engine->handle, engine->workspace, CUDA_WORKSPACE_BYTES));
-  return cuda_share_set(rank, engine);
+  return cuda_share_set(rank, engine, 0);
 }
 
 static void cuda_engine_free(const cudaRank_t *self, cudaEngine_t *engine) {
@@ -369,14 +379,14 @@ static int cuda_side_begin(moeRank_t *rank) {
   const cudaRank_t *self = rank->device;
   BENCH_CUDA(rank->base, cudaEventRecord(self->sideFork, rank->base->stream));
   BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->side, self->sideFork, 0));
-  return 0;
+  return cuda_shares_set(rank, moe_options(rank)->expertCtas);
 }
 
 static int cuda_side_end(moeRank_t *rank) {
   const cudaRank_t *self = rank->device;
   BENCH_CUDA(rank->base, cudaEventRecord(self->sideEnd, rank->side));
   BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->base->stream, self->sideEnd, 0));
-  return 0;
+  return cuda_shares_set(rank, 0);
 }
 
 /* ---- between them ---- */

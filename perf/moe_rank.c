@@ -32,12 +32,12 @@ static int moe_weights_sync(moeRank_t *rank, int32_t index) {
   return 0;
 }
 
-/* Beside what follows, until the side ends. */
+/* Beside what follows, dispatch too, until the side ends. */
 static int moe_weights_beside(moeRank_t *rank, int32_t index) {
-  const moeOps_t *ops = moe_run(rank)->ops;
-  if (ops->sideBegin(rank) != 0) return -1;
+  if (!moe_overlaps(rank)) return 0;
+  if (moe_run(rank)->ops->sideBegin(rank) != 0) return -1;
   BENCH_CALL(rank->base, ultraepWeightsSync(rank->layers[index].route, index, rank->side));
-  return ops->segmentsAsk(rank, index, rank->side);
+  return 0;
 }
 
 static int moe_route_update(moeRank_t *rank, int32_t index) {
@@ -77,9 +77,10 @@ static int moe_layer_forward(moeRank_t *rank, int32_t index, const uint16_t *in,
   const moeOps_t *ops = moe_run(rank)->ops;
   if (moe_phase_begin(rank, MOE_ROUTE) != 0 || moe_route_update(rank, index) != 0) return -1;
   if (moe_weights_sync(rank, index) != 0 || ops->segmentsAsk(rank, index, rank->base->stream) != 0) return -1;
-  if (moe_phase_begin(rank, MOE_DISPATCH) != 0 || moe_dispatch(rank, index, in) != 0) return -1;
+  if (moe_phase_begin(rank, MOE_DISPATCH) != 0 || moe_weights_beside(rank, index) != 0) return -1;
+  if (moe_dispatch(rank, index, in) != 0) return -1;
   if (moe_phase_begin(rank, MOE_MLP) != 0 || moe_segments_take(rank, index) != 0) return -1;
-  if (moe_overlaps(rank) && moe_weights_beside(rank, index) != 0) return -1;
+  if (moe_overlaps(rank) && ops->segmentsAsk(rank, index, rank->side) != 0) return -1; /* the replicas' */
   if (moeMlpForward(rank, index) != 0 || moe_phase_begin(rank, MOE_COMBINE) != 0) return -1;
   return moe_exchange(rank, index, rank->rowsOut, out, ULTRAEP_COMBINE);
 }
@@ -88,11 +89,11 @@ static int moe_layer_backward(moeRank_t *rank, int32_t index, const uint16_t *ou
   bool last = index == moe_options(rank)->nLayers - 1;
   /* The layers after this one have had the slots since. */
   if (!last && moe_weights_sync(rank, index) != 0) return -1;
-  if (moe_phase_begin(rank, MOE_DISPATCH_BACK) != 0 ||
-      moe_exchange(rank, index, outGrad, rank->rowsOut, ULTRAEP_DISPATCH) != 0)
-    return -1;
+  if (moe_phase_begin(rank, MOE_DISPATCH_BACK) != 0) return -1;
+  if (!last && moe_weights_beside(rank, index) != 0) return -1;
+  if (moe_exchange(rank, index, outGrad, rank->rowsOut, ULTRAEP_DISPATCH) != 0) return -1;
   if (moe_phase_begin(rank, MOE_MLP_BACK) != 0) return -1;
-  if (!last && moe_overlaps(rank) && moe_weights_beside(rank, index) != 0) return -1;
+  if (!last && moe_overlaps(rank) && moe_run(rank)->ops->segmentsAsk(rank, index, rank->side) != 0) return -1;
   if (moeMlpBackward(rank, index, !last) != 0) return -1;
   if (moe_phase_begin(rank, MOE_COMBINE_BACK) != 0 ||
       moe_exchange(rank, index, rank->layers[index].rows, inGrad, ULTRAEP_COMBINE_SUM) != 0)
