@@ -16,7 +16,7 @@
 #define DISPATCH_BLOCK_BYTES_PER_SECOND 95e9
 #define DISPATCH_MEMORY_BYTES_PER_SECOND 4e12
 #define DISPATCH_DEFAULT_BLOCKS 16
-#define DISPATCH_ONCE_SECONDS 10e-6 /* a meeting of all ranks more, before the copies */
+#define DISPATCH_ONCE_SECONDS 30e-6 /* a meeting of all ranks more, and what the copies are found by */
 
 /* ---- data types ---- */
 

@@ -108,8 +108,14 @@ ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, s
 }
 
 typedef struct {
+  uint64_t host; /* 0: not known */
+  char bus[24];
+} groupDevice_t;
+
+typedef struct {
   int32_t result, reserved; /* what this rank has met so far */
   configPeers_t peers;
+  groupDevice_t device;
   ultraepConfig_t config;
 } groupOffer_t;
 _Static_assert(sizeof(groupOffer_t) <= NCCL_AGREE_BYTES, "an offer is one message");
@@ -123,6 +129,22 @@ static configPeers_t group_peers(const ncclRank_t *self, int32_t wish) {
   return peers;
 }
 
+static groupDevice_t group_device(const ncclRank_t *self) {
+  groupDevice_t device = {.host = peer_host_id()};
+  bool isKnown = cudaDeviceGetPCIBusId(device.bus, sizeof(device.bus), self->device) == cudaSuccess;
+  return isKnown ? device : (groupDevice_t){.host = 0};
+}
+
+/* Whether every rank has a GPU of its own. */
+static bool group_has_own_devices(const groupOffer_t *offers, int n) {
+  for (int r = 0; r < n; r++) {
+    if (offers[r].device.host == 0) return false;
+    for (int i = 0; i < r; i++)
+      if (memcmp(&offers[i].device, &offers[r].device, sizeof(offers[r].device)) == 0) return false;
+  }
+  return true;
+}
+
 /* The way to the peers, alike on all ranks. */
 static ultraepResult_t group_choose_peers(ncclRank_t *self, const configPeers_t *ranks, int32_t *peers) {
   int rank = 0;
@@ -132,15 +154,22 @@ static ultraepResult_t group_choose_peers(ncclRank_t *self, const configPeers_t 
   return ultraepSuccess;
 }
 
-/* Every rank can go on, and with the same config; a rank that cannot is not waited for later. Sets *peers to
- * the way that they go, and *isFree if nobody wished for it. */
+/* What the ranks have agreed on. */
+typedef struct {
+  int32_t peers;      /* the way to them */
+  bool isFree;        /* nobody wished for it */
+  bool hasOwnDevices; /* every rank has a GPU of its own */
+} groupTerms_t;
+
+/* Every rank can go on, and with the same config; a rank that cannot is not waited for later. */
 static ultraepResult_t group_agree_config(ncclRank_t *self, const ultraepConfig_t *config,
-                                          ultraepResult_t own, int32_t *peers, bool *isFree) {
+                                          ultraepResult_t own, groupTerms_t *terms) {
   groupOffer_t mine = {.result = (int32_t)own}, *all = calloc((size_t)self->nRanks, sizeof(*all));
   configPeers_t *ranks = calloc((size_t)self->nRanks, sizeof(*ranks));
   if (own == ultraepSuccess) {
     mine.config = *config;
     mine.peers = group_peers(self, config->peers);
+    mine.device = group_device(self);
   }
   ultraepResult_t result = all && ranks ? nccl_agree(self, &mine, all, sizeof(mine), "create")
                                         : error_set(ultraepSystemError, "no memory for a group");
@@ -154,32 +183,12 @@ static ultraepResult_t group_agree_config(ncclRank_t *self, const ultraepConfig_
       result = error_set(ultraepInvalidArgument, "config.%s differs between ranks 0 and %d", field, r);
   }
   for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) ranks[r] = all[r].peers;
-  if (result == ultraepSuccess) result = group_choose_peers(self, ranks, peers);
-  *isFree = result == ultraepSuccess;
-  for (int r = 0; r < self->nRanks && *isFree; r++) *isFree = all[r].peers.wish == ULTRAEP_PEERS_AUTO;
+  if (result == ultraepSuccess) result = group_choose_peers(self, ranks, &terms->peers);
+  terms->isFree = result == ultraepSuccess;
+  for (int r = 0; r < self->nRanks && terms->isFree; r++)
+    terms->isFree = all[r].peers.wish == ULTRAEP_PEERS_AUTO;
+  terms->hasOwnDevices = result == ultraepSuccess && group_has_own_devices(all, self->nRanks);
   free(ranks);
-  free(all);
-  return result;
-}
-
-typedef struct {
-  uint64_t host;
-  char bus[24];
-} groupDevice_t;
-
-/* Whether every rank has a GPU of its own. */
-static ultraepResult_t group_compare_devices(ncclRank_t *self, bool *own) {
-  groupDevice_t mine = {.host = peer_host_id()}, *all = calloc((size_t)self->nRanks, sizeof(*all));
-  cudaError_t error = cudaDeviceGetPCIBusId(mine.bus, sizeof(mine.bus), self->device);
-  /* Without it the rank counts as one that shares its GPU. */
-  if (error != cudaSuccess) mine = (groupDevice_t){.host = 0};
-  ultraepResult_t result = all ? nccl_agree(self, &mine, all, sizeof(mine), "create")
-                               : error_set(ultraepSystemError, "no memory for a group");
-  *own = true;
-  for (int r = 0; result == ultraepSuccess && r < self->nRanks && *own; r++) {
-    *own = all[r].host != 0;
-    for (int i = 0; i < r && *own; i++) *own = memcmp(&all[i], &all[r], sizeof(all[r])) != 0;
-  }
   free(all);
   return result;
 }
@@ -333,16 +342,13 @@ static ultraepResult_t group_look_at_comm(ncclComm_t comm, ncclRank_t *self) {
 }
 
 /* This rank's part: whether it could make the group, before any peer is asked. */
-static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, const ultraepConfig_t *config,
-                                     bool ownDevices) {
+static ultraepResult_t group_prepare(ultraepGroup_t *group, ncclRank_t *self, const ultraepConfig_t *config) {
   ultraepGroup_t made;
   ultraepResult_t result = group_make(&made, &ncclBackend, config, self->rank, self->nRanks,
                                       config->domainRanks ? config->domainRanks : self->nRanks);
   if (result != ultraepSuccess) return result;
   made->impl = self;
-  made->config.dispatchMode = config_dispatch_mode(config, self->nRanks, ownDevices);
   group_set_kernel(made);
-  group_lay_out_window(made);
   result = group_look_at_device(made);
   if (result == ultraepSuccess) result = group_allocate(made);
   if (result == ultraepSuccess)
@@ -398,20 +404,20 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   if (!self) return error_set(ultraepSystemError, "no memory for a group");
   self->socket = PEER_SOCKET_NONE;
   ultraepGroup_t made = NULL;
-  int32_t peers = ULTRAEP_PEERS_AUTO;
-  bool isFree = false, ownDevices = false;
+  groupTerms_t terms = {.peers = ULTRAEP_PEERS_AUTO};
   ultraepResult_t result = group_look_at_comm(comm, self);
   if (result != ultraepSuccess) goto free_self;
   ultraepResult_t own = config_check(config, self->nRanks);
   self->timeoutMs = own == ultraepSuccess ? config->timeoutMs : GROUP_REFUSAL_TIMEOUT_MS;
   result = group_make_meeting(self, own == ultraepSuccess ? config->maxRoutes : 1);
-  if (result == ultraepSuccess) result = group_compare_devices(self, &ownDevices);
   if (result != ultraepSuccess) goto free_self;
-  if (own == ultraepSuccess) own = group_prepare(&made, self, config, ownDevices);
-  result = group_agree_config(self, config, own, &peers, &isFree);
+  if (own == ultraepSuccess) own = group_prepare(&made, self, config);
+  result = group_agree_config(self, config, own, &terms);
   if (result != ultraepSuccess || !made) goto free_group;
-  made->config.peers = peers;
-  result = group_open_window(made, isFree);
+  made->config.peers = terms.peers;
+  made->config.dispatchMode = config_dispatch_mode(config, self->nRanks, terms.hasOwnDevices);
+  group_lay_out_window(made);
+  result = group_open_window(made, terms.isFree);
   if (result != ultraepSuccess) goto free_group;
   self->kernel.windows = self->window.devicePeers;
   made->windowBytes = (int64_t)self->windowBytes;

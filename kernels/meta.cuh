@@ -18,17 +18,29 @@ __device__ __forceinline__ kernelMeta_t loadMeta(const kernelMeta_t *at) {
 }
 
 // Calls visit(at, end) for this warp's share of the rows of all segments: rows from `at` on, kMetaRows of
-// them, but for what lies beyond `end`. By a warp, the first-th of `stride`.
+// them, but for what lies beyond `end`. By a warp, the first-th of `stride`; a lane looks up one segment
+// of 32.
 template <typename Visit>
 __device__ __forceinline__ void forMetaRows(const kernelGroup_t &g, const kernelRoute_t &route, int first,
                                             int stride, Visit visit) {
-  int block = 0;
-  for (int segment = 0; segment < g.nSegments; segment++) {
-    int64_t start = route.firstRow[segment], end = start + route.rows[segment];
-    int nBlocks = int((end - start + kMetaRows - 1) / kMetaRows),
-        skip = (first - block % stride + stride) % stride;
-    block += nBlocks;
-    for (int b = skip; b < nBlocks; b += stride) visit(start + int64_t(b) * kMetaRows, end);
+  int lane = threadIdx.x % kWarp, before = 0; // parts of earlier segments
+#pragma unroll 1
+  for (int segment = lane; segment - lane < g.nSegments; segment += kWarp) {
+    bool isThere = segment < g.nSegments;
+    long long start = isThere ? route.firstRow[segment] : 0, count = isThere ? route.rows[segment] : 0;
+    int parts = int((count + kMetaRows - 1) / kMetaRows), through = parts;
+    for (int step = 1; step < kWarp; step *= 2) {
+      int lower = __shfl_up_sync(kFullWarp, through, step);
+      if (lane >= step) through += lower;
+    }
+    int all = __shfl_sync(kFullWarp, through, kWarp - 1);
+#pragma unroll 1
+    for (int i = (first - before % stride + stride) % stride; i < all; i += stride) {
+      int owner = __ffs(__ballot_sync(kFullWarp, through > i)) - 1;
+      int64_t from = __shfl_sync(kFullWarp, start, owner), end = from + __shfl_sync(kFullWarp, count, owner);
+      visit(from + int64_t(i - __shfl_sync(kFullWarp, through - parts, owner)) * kMetaRows, end);
+    }
+    before += all;
   }
 }
 
