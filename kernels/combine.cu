@@ -15,6 +15,7 @@
 namespace ultraep {
 
 constexpr int kCombineThreads = 512;
+
 // Adds the rows of the lanes in `rows` to columns [at + i * kWarp * 16, + 16 bytes), i < kColumns, of which
 // those below `to` are there, and writes them. kRows * kColumns loads are in flight together.
 template <typename As, bool kWeighted, int kRows, int kColumns>
@@ -58,20 +59,13 @@ __device__ __forceinline__ void sumColumns(char *out, const char *row, float wei
 }
 
 // Writes columns [from, to) of round(0 + w0 * row0 + w1 * row1 + ...). Lane i holds row i (null: none) and
-// its weight; kWeighted: else plain sums. By a warp.
-template <typename As, bool kWeighted>
+// its weight; kWeighted: else plain sums. kRows, kColumns: as of sumColumns. By a warp.
+template <typename As, bool kWeighted, int kRows, int kColumns>
 __device__ __forceinline__ void sumRows(char *out, const char *row, float weight, int from, int to,
                                         int lane) {
   unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
-  for (int column = from; column < to; column += 2 * kWarp * 16)
-    sumColumns<As, kWeighted, 8, 2>(out, row, weight, rows, column + lane * 16, to);
-}
-// The same for few rows.
-template <typename As, bool kWeighted>
-__device__ __forceinline__ void sumFewRows(char *out, const char *row, float weight, int to, int lane) {
-  unsigned rows = __ballot_sync(kFullWarp, row != nullptr);
-  for (int column = 0; column < to; column += 3 * kWarp * 16)
-    sumColumns<As, kWeighted, 4, 3>(out, row, weight, rows, column + lane * 16, to);
+  for (int column = from; column < to; column += kColumns * kWarp * 16)
+    sumColumns<As, kWeighted, kRows, kColumns>(out, row, weight, rows, column + lane * 16, to);
 }
 
 // PARTIAL, at the experts' rank: sums for every token of another rank with two or more rows here. chains and
@@ -91,8 +85,9 @@ __device__ void combinePartials(const kernelGroup_t &g, const kernelRoute_t &rou
       int64_t mine = lane == 0 ? at + head : lane < topK ? chains[nth] : -1;
       float weight = __shfl_sync(kFullWarp, headWeight, head);
       if (lane > 0 && lane < topK) weight = weights[nth];
-      sumFewRows<As, kWeighted>(partials + (at + head) * x.rowBytes,
-                                mine < 0 ? nullptr : rows + mine * x.rowBytes, weight, x.rowBytes, lane);
+      sumRows<As, kWeighted, 4, 3>(partials + (at + head) * x.rowBytes,
+                                   mine < 0 ? nullptr : rows + mine * x.rowBytes, weight, 0, x.rowBytes,
+                                   lane);
     }
     __syncwarp();
   });
@@ -120,8 +115,8 @@ __device__ void combineTokens(const kernelGroup_t &g, const kernelRoute_t &route
     if (read) row += int64_t(place.row) * x.rowBytes;
     float weight = kWeighted && read && !partial ? route.weights[at] : 1.0f;
     if (read && rank != g.rank && from == 0) crossed += x.rowBytes;
-    sumRows<As, kWeighted>(x.recvRows + int64_t(token) * x.rowBytes, row, weight, from,
-                           min(x.rowBytes, from + width), lane);
+    sumRows<As, kWeighted, 8, 2>(x.recvRows + int64_t(token) * x.rowBytes, row, weight, from,
+                                 min(x.rowBytes, from + width), lane);
   }
   warpCount(&g.state->combineBytes, crossed);
 }

@@ -163,16 +163,6 @@ __device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &ro
   return nOwn + nMasters;
 }
 
-// Opens a call: this rank is here, and so is every other. True when tiles may move; *other as in
-// openExchange.
-template <Order kOrder>
-__device__ inline bool openChains(const kernelGroup_t &g, const kernelRoute_t &route, uint32_t check,
-                                  uint32_t call, int32_t phase, Chain *chains, int *nChains, int *other) {
-  raiseOpen(g, check, call);
-  *nChains = findChains<kOrder>(g, route, chains); // while the others come
-  return waitOpen(g, check, call, phase, other);
-}
-
 // ---- tiles ----
 
 struct Tile {
@@ -188,15 +178,21 @@ __device__ __forceinline__ Tile tileOf(const kernelTensor_t *tensors, int nTenso
   return {t, at, uint32_t(min(tensors[t].bytes - at, size_t(KERNEL_TILE_BYTES)))};
 }
 
+// A tensor in one slot of a rank's slot memory.
+__device__ __forceinline__ char *inSlot(char *slots, const kernelTensor_t &tensor, int slot) {
+  return slots + tensor.slotOffset + size_t(slot) * tensor.bytes;
+}
 __device__ __forceinline__ char *slotAddress(const kernelExperts_t &x, const kernelTensor_t &tensor,
                                              Place place) {
-  return x.slots[place.rank] + tensor.slotOffset + size_t(place.slot) * tensor.bytes;
+  return inSlot(x.slots[place.rank], tensor, place.slot);
 }
 
-// The flag of a tile of a slot, in the memory of the slot's rank.
+// The flag of a tile of a slot, in the slot memory of the slot's rank.
+__device__ __forceinline__ uint32_t *inFlags(const kernelExperts_t &x, char *slots, int slot, int number) {
+  return reinterpret_cast<uint32_t *>(slots + x.flagsOffset) + size_t(slot) * x.nFlags + number;
+}
 __device__ __forceinline__ uint32_t *tileFlag(const kernelExperts_t &x, Place place, int number) {
-  return reinterpret_cast<uint32_t *>(x.slots[place.rank] + x.flagsOffset) + size_t(place.slot) * x.nFlags +
-         number;
+  return inFlags(x, x.slots[place.rank], place.slot, number);
 }
 
 // ---- bounded waits ----

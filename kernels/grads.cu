@@ -272,9 +272,10 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
   bool hasReplicas = planHasReplicas(g, route);
   if (refused || !hasReplicas) return; // alike on every rank too: nobody need meet
   auto *chains = reinterpret_cast<Chain *>(gradsMemory);
-  int nChains, other;
-  bool alive =
-      openChains<Order::kRank>(g, route, x.check, call, KERNEL_PHASE_GRADS, chains, &nChains, &other);
+  int other;
+  raiseOpen(g, x.check, call);
+  int nChains = findChains<Order::kRank>(g, route, chains); // while the others come
+  bool alive = waitOpen(g, x.check, call, KERNEL_PHASE_GRADS, &other);
   if (alive) {
     GradsContext c(g, route, x, chains, nChains, call);
     int warps = blockDim.x / kWarp, worker = int(blockIdx.x) + int(threadIdx.x / kWarp) * int(gridDim.x);

@@ -115,20 +115,16 @@ struct WeightsContext {
           next = passes ? c.after[0] : here;
     char *masters = tensor.peers[from.rank], *fromSlots = x.slots[from.rank], *own = x.slots[g.rank];
     char *nextSlots = x.slots[next.rank], *raisedSlots = x.slots[raises ? c.after[1].rank : g.rank];
-    char *inSlot = fromSlots + tensor.slotOffset + size_t(from.slot) * tensor.bytes;
     masters += tensor.peersOffset + size_t(c.expert - from.rank * g.planner.perRank) * tensor.bytes;
-    char *inOwn = own + tensor.slotOffset + size_t(here.slot) * tensor.bytes + tile.at;
-    char *inNext = nextSlots + tensor.slotOffset + size_t(next.slot) * tensor.bytes + tile.at;
-    return {(from.slot < 0 ? masters : inSlot) + tile.at,
+    char *inOwn = inSlot(own, tensor, here.slot) + tile.at;
+    char *inNext = inSlot(nextSlots, tensor, next.slot) + tile.at;
+    return {(from.slot < 0 ? masters : inSlot(fromSlots, tensor, from.slot)) + tile.at,
             {isMaster ? inNext : inOwn, isMaster || !passes ? nullptr : inNext},
-            awaits ? flagOf(own, here, number) : nullptr,
-            raises ? flagOf(raisedSlots, c.after[1], number) : nullptr,
+            awaits ? inFlags(x, own, here.slot, number) : nullptr,
+            raises ? inFlags(x, raisedSlots, c.after[1].slot, number) : nullptr,
             tile.bytes,
             c.before[1].rank,
             patience(g, c.at, c.n)};
-  }
-  __device__ uint32_t *flagOf(char *slots, Place place, int number) const {
-    return reinterpret_cast<uint32_t *>(slots + x.flagsOffset) + size_t(place.slot) * x.nFlags + number;
   }
 };
 
@@ -198,7 +194,7 @@ template <typename T> __device__ __forceinline__ T *shuffled(T *pointer, int lan
   return reinterpret_cast<T *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(pointer), lane));
 }
 
-__device__ void copyPortable(const WeightsContext &c, Worker &worker) {
+__device__ void copyPortable(Worker &worker) {
   int lane = threadIdx.x % kWarp;
   forTasks(worker, [&](int n, const Task &task, auto ready) {
     for (int i = 0; i < n; i++) {
@@ -207,7 +203,7 @@ __device__ void copyPortable(const WeightsContext &c, Worker &worker) {
       copyTile(shuffled(task.from, i), shuffled(task.to[0], i), shuffled(task.to[1], i),
                __shfl_sync(kFullWarp, task.bytes, i), lane);
       __syncwarp();
-      if (lane == i && task.raised) storeReleaseSystem(task.raised, c.call);
+      if (lane == i && task.raised) storeReleaseSystem(task.raised, worker.c.call);
     }
     return true;
   });
@@ -363,7 +359,7 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
       if (warp == 1) storeTiles(stages, weightsMemory, nStages, call);
 #endif
     } else {
-      copyPortable(c, worker);
+      copyPortable(worker);
     }
   }
   if (alive && blockIdx.x == 0 && threadIdx.x == 0) {
