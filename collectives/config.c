@@ -8,14 +8,14 @@
 
 #define DEFAULT_LINK_BYTES_PER_SECOND 400e9 /* an H100's NVLink in one direction */
 #define DEFAULT_BYTES_PER_ROW_SECOND                                                                         \
-  600e12 /* one flop a byte of bf16 weights; fp8: half the bytes, twice the rate */
+  600e12                  /* one flop a byte of bf16 weights; fp8: half the bytes, twice the rate */
+#define DEFAULT_BLOCKS 16 /* SMs */
 #define PICOSECONDS 1e12
 /* Measured between two H200s: what kernels move over a link in one direction, and what a thread block reads
  * and writes in memory at most. */
 #define DISPATCH_LINK_BYTES_PER_SECOND 360e9
 #define DISPATCH_BLOCK_BYTES_PER_SECOND 95e9
 #define DISPATCH_MEMORY_BYTES_PER_SECOND 4e12
-#define DISPATCH_DEFAULT_BLOCKS 16
 #define DISPATCH_ONCE_SECONDS 30e-6 /* a meeting of all ranks more, and what the copies are found by */
 
 /* ---- data types ---- */
@@ -341,6 +341,10 @@ static double config_gate_rows(const ultraepConfig_t *config, int nRanks) {
   return row > 0 ? ceil(copies * copy / row) : INFINITY;
 }
 
+int32_t config_blocks(const ultraepConfig_t *config) {
+  return config->maxCtas > 0 ? config->maxCtas : DEFAULT_BLOCKS;
+}
+
 int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks, bool ownDevices) {
   double link = config->linkBytesPerSecond;
   if (config->dispatchMode != ULTRAEP_DISPATCH_AUTO) return config->dispatchMode;
@@ -350,8 +354,8 @@ int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks, bool own
    * their rank are moved alike in both modes. */
   double topK = config->topK, ranks = nRanks * (1 - pow(1 - 1.0 / nRanks, topK)), peers = 1 - 1.0 / nRanks;
   double bytes = (double)config->maxTokens * config->hidden * (double)config_type_bytes(config->dataType);
-  double blocks = config->maxCtas > 0 ? config->maxCtas : DISPATCH_DEFAULT_BLOCKS;
-  double memory = fmin(blocks * DISPATCH_BLOCK_BYTES_PER_SECOND, DISPATCH_MEMORY_BYTES_PER_SECOND);
+  double memory =
+      fmin(config_blocks(config) * DISPATCH_BLOCK_BYTES_PER_SECOND, DISPATCH_MEMORY_BYTES_PER_SECOND);
   double direct = bytes * topK * peers / link;
   double once =
       bytes * ranks * peers / link + 2 * bytes * (topK - ranks) * peers / memory + DISPATCH_ONCE_SECONDS;

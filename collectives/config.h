@@ -63,6 +63,8 @@ void config_gate(const ultraepConfig_t *config, const configRates_t *measured,
  * gate may leave on a rank for them have room. */
 void config_gate_limit(const ultraepConfig_t *config, int nRanks, int64_t maxRecvRows,
                        ultraepPlannerConfig_t *planner);
+/* For a checked config: thread blocks of a kernel at most, the library's choice where none is given. */
+int32_t config_blocks(const ultraepConfig_t *config);
 /* For a checked config: what ULTRAEP_DISPATCH_AUTO means on GPUs; another mode stands. ownDevices: every rank
  * has a GPU of its own, so that there are links between them. */
 int32_t config_dispatch_mode(const ultraepConfig_t *config, int nRanks, bool ownDevices);

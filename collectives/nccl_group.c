@@ -9,7 +9,6 @@
 #include <string.h>
 #include <time.h>
 
-#define NCCL_DEFAULT_BLOCKS 16         /* SMs a kernel uses unless the config says otherwise */
 #define GROUP_REFUSAL_TIMEOUT_MS 30000 /* for telling the others of a config whose own timeout is unknown */
 
 static pthread_once_t groupPeersOnce = PTHREAD_ONCE_INIT;
@@ -260,7 +259,7 @@ static void group_set_kernel(ultraepGroup_t group) {
       .topK = group->config.topK,
       .alignment = group->config.alignment,
       .nSegments = group->nSegments,
-      .nBlocks = group->config.maxCtas > 0 ? group->config.maxCtas : NCCL_DEFAULT_BLOCKS,
+      .nBlocks = config_blocks(&group->config),
       .maxRecvRows = group->maxRecvRows,
       .timeoutNs = (uint64_t)group->config.timeoutMs * 1000000,
   };

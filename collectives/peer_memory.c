@@ -305,6 +305,13 @@ ultraepResult_t peer_memory_describe(const void *ptr, peerMemoryName_t *name, in
  * (driver 580): one at a time. */
 static pthread_mutex_t mapLock = PTHREAD_MUTEX_INITIALIZER;
 
+static void map_end_cumem(CUdeviceptr base, size_t bytes) {
+  pthread_mutex_lock(&mapLock);
+  (void)driver.MemUnmap(base, bytes);
+  (void)driver.MemAddressFree(base, bytes);
+  pthread_mutex_unlock(&mapLock);
+}
+
 static ultraepResult_t map_out_of_reach(const char *how, CUresult status) {
   return error_set(ultraepInvalidUsage, "another rank's memory cannot be reached from this device (%s: %s)",
                    how, driver_text(status));
@@ -465,12 +472,8 @@ void peer_memory_unmap(peerMapping_t *mapping) {
     (void)driver.IpcCloseMemHandle(base);
     context_leave(mapping->device);
   }
-  if (mapping->kind == PEER_MEMORY_FD || mapping->kind == PEER_MEMORY_FABRIC) {
-    pthread_mutex_lock(&mapLock);
-    (void)driver.MemUnmap(base, mapping->bytes);
-    (void)driver.MemAddressFree(base, mapping->bytes);
-    pthread_mutex_unlock(&mapLock);
-  }
+  if (mapping->kind == PEER_MEMORY_FD || mapping->kind == PEER_MEMORY_FABRIC)
+    map_end_cumem(base, mapping->bytes);
   *mapping = (peerMapping_t){.kind = PEER_MEMORY_NONE};
 }
 
@@ -524,13 +527,6 @@ release_memory:
   return status;
 }
 
-static void alloc_free_cumem(CUdeviceptr base, size_t bytes) {
-  pthread_mutex_lock(&mapLock);
-  (void)driver.MemUnmap(base, bytes);
-  (void)driver.MemAddressFree(base, bytes);
-  pthread_mutex_unlock(&mapLock);
-}
-
 /* Whether handles come out of it, which a sandbox may forbid. */
 static bool alloc_is_shareable(CUdeviceptr base) {
   CUmemGenericAllocationHandle memory;
@@ -559,7 +555,7 @@ ultraepResult_t peer_memory_alloc(int device, size_t bytes, void **ptr) {
     pthread_mutex_unlock(&mapLock);
   }
   if (status == CUDA_SUCCESS && !alloc_is_shareable(base)) {
-    alloc_free_cumem(base, all);
+    map_end_cumem(base, all);
     status = CUDA_ERROR_NOT_SUPPORTED;
   }
   if (status != CUDA_SUCCESS && status != CUDA_ERROR_OUT_OF_MEMORY) {
@@ -583,7 +579,7 @@ void peer_memory_free(void *ptr) {
   if (!ptr || memory_look(ptr, &facts, &base, &bytes) != ultraepSuccess) return;
   if (driver.MemRetainAllocationHandle(&memory, ptr) == CUDA_SUCCESS) {
     (void)driver.MemRelease(memory);
-    alloc_free_cumem(base, bytes);
+    map_end_cumem(base, bytes);
   } else if (context_enter(facts.device) == CUDA_SUCCESS) {
     (void)driver.MemFree(base);
     context_leave(facts.device);
