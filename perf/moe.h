@@ -203,6 +203,10 @@ static inline const moeOptions_t *moe_options(const moeRank_t *rank) {
 static inline moeRank_t *moe_rank(const benchRank_t *base) {
   return &((moeRun_t *)base->run)->ranks[base->local];
 }
+/* Whether replicas' weights and gradients move beside the products. */
+static inline bool moe_overlaps(const moeRank_t *rank) {
+  return rank->base->run->balance && moe_options(rank)->overlap;
+}
 /* Marks of an iteration: ten phases of a layer at most, and the end. */
 static inline size_t moe_max_marks(const moeOptions_t *options) {
   return 10 * (size_t)options->nLayers + 1;
@@ -249,7 +253,7 @@ void moeRankWork(benchRank_t *base);
 
 /* ---- moe_mlp.c ---- */
 int moeMlpForward(moeRank_t *rank, int32_t layer);
-/* weightsUnderWay: with --overlap, beside the first products. */
+/* weightsUnderWay: the replicas', beside the first products. */
 int moeMlpBackward(moeRank_t *rank, int32_t layer, bool weightsUnderWay);
 
 /* ---- moe_check.c ---- */

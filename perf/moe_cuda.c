@@ -40,14 +40,13 @@ typedef struct {
   cublasHandle_t handle;
   void *workspace;
   cudaStream_t stream;
-  cudaEvent_t end;
   double work; /* of the products that it has been given */
 } cudaEngine_t;
 
 typedef struct {
   const moeCublas_t *cublas;
   cudaEngine_t engines[MOE_MAX_STREAMS];
-  cudaEvent_t fork, sideFork, sideEnd;
+  cudaEvent_t order; /* see cuda_follow */
   int32_t nSegments;
   cudaEvent_t *marks;        /* [moe_max_marks] */
   cudaEvent_t *segmentsIn;   /* [layers] the layer's segments are in host memory */
@@ -93,7 +92,6 @@ static int cuda_engine_make(moeRank_t *rank, cudaEngine_t *engine) {
   cudaRank_t *self = rank->device;
   bool first = engine == &self->engines[0];
   if (!first) BENCH_CUDA(rank->base, cudaStreamCreateWithFlags(&engine->stream, cudaStreamNonBlocking));
-  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&engine->end, cudaEventDisableTiming));
   MOE_CUBLAS(rank, self->cublas->Create(&engine->handle));
   MOE_CUBLAS(rank, self->cublas->SetStream(engine->handle, first ? rank->base->stream : engine->stream));
   BENCH_CUDA(rank->base, cudaMalloc(&engine->workspace, CUDA_WORKSPACE_BYTES));
@@ -104,7 +102,6 @@ static int cuda_engine_make(moeRank_t *rank, cudaEngine_t *engine) {
 static void cuda_engine_free(const cudaRank_t *self, cudaEngine_t *engine) {
   if (engine->handle != NULL) self->cublas->Destroy(engine->handle);
   cudaFree(engine->workspace);
-  if (engine->end != NULL) cudaEventDestroy(engine->end);
   if (engine->stream != NULL) cudaStreamDestroy(engine->stream);
 }
 
@@ -114,19 +111,14 @@ static int cuda_engines_make(moeRank_t *rank) {
     if (cuda_engine_make(rank, &self->engines[i]) != 0) return -1;
   }
   BENCH_CUDA(rank->base, cudaStreamCreateWithFlags(&rank->side, cudaStreamNonBlocking));
-  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->fork, cudaEventDisableTiming));
-  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->sideFork, cudaEventDisableTiming));
-  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->sideEnd, cudaEventDisableTiming));
+  BENCH_CUDA(rank->base, cudaEventCreateWithFlags(&self->order, cudaEventDisableTiming));
   return 0;
 }
 
 static void cuda_engines_free(moeRank_t *rank) {
   cudaRank_t *self = rank->device;
-  const cudaEvent_t events[] = {self->fork, self->sideFork, self->sideEnd};
   for (int i = 0; i < MOE_MAX_STREAMS; i++) cuda_engine_free(self, &self->engines[i]);
-  for (size_t i = 0; i < sizeof(events) / sizeof(events[0]); i++) {
-    if (events[i] != NULL) cudaEventDestroy(events[i]);
-  }
+  if (self->order != NULL) cudaEventDestroy(self->order);
   if (rank->side != NULL) cudaStreamDestroy(rank->side);
 }
 
@@ -345,14 +337,22 @@ static int cuda_groups_run(moeRank_t *rank, const moeGemm_t *gemms, int32_t coun
   return 0;
 }
 
+/* What is enqueued on one stream from now on follows what has been on the other. A wait that is enqueued
+ * keeps what the event stood for, so one event serves all. */
+static int cuda_follow(moeRank_t *rank, cudaStream_t after, cudaStream_t before) {
+  const cudaRank_t *self = rank->device;
+  BENCH_CUDA(rank->base, cudaEventRecord(self->order, before));
+  BENCH_CUDA(rank->base, cudaStreamWaitEvent(after, self->order, 0));
+  return 0;
+}
+
 /* Products one by one, each on the stream that has least to do so far. */
 static int cuda_gemms_spread(moeRank_t *rank, const moeGemm_t *gemms, int32_t count, int32_t nStreams) {
   cudaRank_t *self = rank->device;
   if (nStreams > count) nStreams = count;
-  if (nStreams > 1) BENCH_CUDA(rank->base, cudaEventRecord(self->fork, rank->base->stream));
   for (int32_t i = 0; i < nStreams; i++) {
     self->engines[i].work = 0;
-    if (i > 0) BENCH_CUDA(rank->base, cudaStreamWaitEvent(self->engines[i].stream, self->fork, 0));
+    if (i > 0 && cuda_follow(rank, self->engines[i].stream, rank->base->stream) != 0) return -1;
   }
   for (int32_t i = 0; i < count; i++) {
     cudaEngine_t *engine = &self->engines[0];
@@ -363,8 +363,7 @@ static int cuda_gemms_spread(moeRank_t *rank, const moeGemm_t *gemms, int32_t co
     if (cuda_gemm_run(rank, engine, &gemms[i]) != 0) return -1;
   }
   for (int32_t i = 1; i < nStreams; i++) {
-    BENCH_CUDA(rank->base, cudaEventRecord(self->engines[i].end, self->engines[i].stream));
-    BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->base->stream, self->engines[i].end, 0));
+    if (cuda_follow(rank, rank->base->stream, self->engines[i].stream) != 0) return -1;
   }
   return 0;
 }
@@ -376,16 +375,12 @@ static int cuda_gemms(moeRank_t *rank, const moeGemm_t *gemms, int32_t count) {
 }
 
 static int cuda_side_begin(moeRank_t *rank) {
-  const cudaRank_t *self = rank->device;
-  BENCH_CUDA(rank->base, cudaEventRecord(self->sideFork, rank->base->stream));
-  BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->side, self->sideFork, 0));
+  if (cuda_follow(rank, rank->side, rank->base->stream) != 0) return -1;
   return cuda_shares_set(rank, moe_options(rank)->expertCtas);
 }
 
 static int cuda_side_end(moeRank_t *rank) {
-  const cudaRank_t *self = rank->device;
-  BENCH_CUDA(rank->base, cudaEventRecord(self->sideEnd, rank->side));
-  BENCH_CUDA(rank->base, cudaStreamWaitEvent(rank->base->stream, self->sideEnd, 0));
+  if (cuda_follow(rank, rank->base->stream, rank->side) != 0) return -1;
   return cuda_shares_set(rank, 0);
 }
 

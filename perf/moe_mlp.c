@@ -79,11 +79,6 @@ static int mlp_products_run(moeRank_t *rank, const moeLayer_t *layer, mlpProduct
   return mlp_products_of(rank, layer, product, 0, layer->segments.nSegments);
 }
 
-/* Whether replicas' weights and gradients move beside the products. */
-static bool mlp_overlaps(const moeRank_t *rank) {
-  return rank->base->run->balance && moe_options(rank)->overlap;
-}
-
 /* The first products of a pass. Where the replicas' weights are under way: the masters', and then theirs. */
 static int mlp_products_first(moeRank_t *rank, int32_t index, mlpProduct_t product, bool underWay) {
   const moeOps_t *ops = moe_run(rank)->ops;
@@ -100,7 +95,7 @@ int moeMlpForward(moeRank_t *rank, int32_t index) {
   const moeOps_t *ops = moe_run(rank)->ops;
   moeLayer_t *layer = &rank->layers[index];
   int64_t rows = layer->segments.totalRows[0];
-  if (mlp_products_first(rank, index, MLP_GATE_UP, mlp_overlaps(rank)) != 0) return -1;
+  if (mlp_products_first(rank, index, MLP_GATE_UP, moe_overlaps(rank)) != 0) return -1;
   if (ops->swiglu(rank, layer->gateUp, layer->act, rows) != 0) return -1;
   return mlp_products_run(rank, layer, MLP_DOWN);
 }
@@ -110,11 +105,11 @@ int moeMlpBackward(moeRank_t *rank, int32_t index, bool underWay) {
   moeLayer_t *layer = &rank->layers[index];
   int64_t rows = layer->segments.totalRows[0];
   if (ops->rowsScale(rank, rank->rowsOut, layer->rowWeights, rows) != 0) return -1;
-  if (mlp_products_first(rank, index, MLP_ACT_GRAD, underWay && mlp_overlaps(rank)) != 0) return -1;
+  if (mlp_products_first(rank, index, MLP_ACT_GRAD, underWay) != 0) return -1;
   if (mlp_products_run(rank, layer, MLP_DOWN_GRAD) != 0) return -1;
   if (ops->swigluBack(rank, layer->gateUp, rank->actGrad, rows) != 0) return -1;
   if (mlp_products_run(rank, layer, MLP_GATE_UP_GRAD) != 0) return -1;
-  if (!mlp_overlaps(rank)) return mlp_products_run(rank, layer, MLP_ROWS_GRAD);
+  if (!moe_overlaps(rank)) return mlp_products_run(rank, layer, MLP_ROWS_GRAD);
   if (ops->sideBegin(rank) != 0) return -1;
   BENCH_CALL(rank->base, ultraepGradsReduce(layer->route, index, rank->side));
   if (mlp_products_run(rank, layer, MLP_ROWS_GRAD) != 0) return -1;

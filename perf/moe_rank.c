@@ -20,10 +20,6 @@ static int moe_phase_begin(moeRank_t *rank, moePhase_t phase) {
   return run->ops->mark(rank, rank->nMarks++);
 }
 
-static bool moe_overlaps(const moeRank_t *rank) {
-  return rank->base->run->balance && moe_options(rank)->overlap;
-}
-
 /* Before what reads them; with --overlap they come by moe_weights_beside. */
 static int moe_weights_sync(moeRank_t *rank, int32_t index) {
   if (!rank->base->run->balance || moe_overlaps(rank)) return 0;
@@ -34,7 +30,6 @@ static int moe_weights_sync(moeRank_t *rank, int32_t index) {
 
 /* Beside what follows, dispatch too, until the side ends. */
 static int moe_weights_beside(moeRank_t *rank, int32_t index) {
-  if (!moe_overlaps(rank)) return 0;
   if (moe_run(rank)->ops->sideBegin(rank) != 0) return -1;
   BENCH_CALL(rank->base, ultraepWeightsSync(rank->layers[index].route, index, rank->side));
   return 0;
@@ -75,26 +70,28 @@ static int moe_segments_take(moeRank_t *rank, int32_t index) {
 
 static int moe_layer_forward(moeRank_t *rank, int32_t index, const uint16_t *in, uint16_t *out) {
   const moeOps_t *ops = moe_run(rank)->ops;
+  bool beside = moe_overlaps(rank);
   if (moe_phase_begin(rank, MOE_ROUTE) != 0 || moe_route_update(rank, index) != 0) return -1;
   if (moe_weights_sync(rank, index) != 0 || ops->segmentsAsk(rank, index, rank->base->stream) != 0) return -1;
-  if (moe_phase_begin(rank, MOE_DISPATCH) != 0 || moe_weights_beside(rank, index) != 0) return -1;
+  if (moe_phase_begin(rank, MOE_DISPATCH) != 0) return -1;
+  if (beside && moe_weights_beside(rank, index) != 0) return -1;
   if (moe_dispatch(rank, index, in) != 0) return -1;
   if (moe_phase_begin(rank, MOE_MLP) != 0 || moe_segments_take(rank, index) != 0) return -1;
-  if (moe_overlaps(rank) && ops->segmentsAsk(rank, index, rank->side) != 0) return -1; /* the replicas' */
+  if (beside && ops->segmentsAsk(rank, index, rank->side) != 0) return -1; /* the replicas' */
   if (moeMlpForward(rank, index) != 0 || moe_phase_begin(rank, MOE_COMBINE) != 0) return -1;
   return moe_exchange(rank, index, rank->rowsOut, out, ULTRAEP_COMBINE);
 }
 
 static int moe_layer_backward(moeRank_t *rank, int32_t index, const uint16_t *outGrad, uint16_t *inGrad) {
-  bool last = index == moe_options(rank)->nLayers - 1;
+  bool last = index == moe_options(rank)->nLayers - 1, beside = !last && moe_overlaps(rank);
   /* The layers after this one have had the slots since. */
   if (!last && moe_weights_sync(rank, index) != 0) return -1;
   if (moe_phase_begin(rank, MOE_DISPATCH_BACK) != 0) return -1;
-  if (!last && moe_weights_beside(rank, index) != 0) return -1;
+  if (beside && moe_weights_beside(rank, index) != 0) return -1;
   if (moe_exchange(rank, index, outGrad, rank->rowsOut, ULTRAEP_DISPATCH) != 0) return -1;
   if (moe_phase_begin(rank, MOE_MLP_BACK) != 0) return -1;
-  if (!last && moe_overlaps(rank) && moe_run(rank)->ops->segmentsAsk(rank, index, rank->side) != 0) return -1;
-  if (moeMlpBackward(rank, index, !last) != 0) return -1;
+  if (beside && moe_run(rank)->ops->segmentsAsk(rank, index, rank->side) != 0) return -1;
+  if (moeMlpBackward(rank, index, beside) != 0) return -1;
   if (moe_phase_begin(rank, MOE_COMBINE_BACK) != 0 ||
       moe_exchange(rank, index, rank->layers[index].rows, inGrad, ULTRAEP_COMBINE_SUM) != 0)
     return -1;
