@@ -29,4 +29,13 @@
     if (gpuError != cudaSuccess) fail_msg("%s: %s", #call, cudaGetErrorString(gpuError));                    \
   } while (0)
 
+/* For main, before NCCL is loaded: several ranks on one GPU. The caller's own settings stand. threads: of one
+ * process, whose streams all run by themselves. */
+static inline void gpu_share(int threads) {
+  setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
+  setenv("NCCL_MAX_CTAS", "4", 0);
+  setenv("NCCL_NVLS_ENABLE", "0", 0);
+  if (threads) setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+}
+
 #endif

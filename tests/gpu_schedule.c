@@ -587,11 +587,7 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_again),  cmocka_unit_test(test_away)};
   const char *blocking = getenv("NCCL_COMM_BLOCKING");
   setenv("ULTRAEP_P2P", "schedule", 0);
-  /* Several ranks on one GPU; the caller's own settings stand. */
-  setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
-  setenv("NCCL_MAX_CTAS", "4", 0);
-  setenv("NCCL_NVLS_ENABLE", "0", 0);
-  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  gpu_share(1);
   GPU_REQUIRE();
   if (!nccl_find()) {
     printf("no NCCL 2.30 or later: skipped\n");

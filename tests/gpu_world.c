@@ -1,5 +1,7 @@
 #include "gpu_world.h"
 
+#include "gpu_common.h"
+
 #include <dlfcn.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -46,11 +48,7 @@ void gpu_world_sleep_ms(int ms) {
 }
 
 bool gpu_world_usable(bool threads) {
-  /* Several ranks on one GPU; the caller's own settings stand. */
-  setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
-  setenv("NCCL_MAX_CTAS", "4", 0);
-  setenv("NCCL_NVLS_ENABLE", "0", 0);
-  if (threads) setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  gpu_share(threads);
   const struct {
     const char *name;
     void **slot;
