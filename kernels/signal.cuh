@@ -147,9 +147,11 @@ __device__ inline bool lastBlockOut(const kernelGroup_t &g) {
 }
 
 // What the last block of a kernel does at its end: the lane's counters are ready for its next kernel. A
-// kernel that leaves for a failure found in the other lane does not end before the host can know of it.
+// kernel that leaves for a failure found in the other lane does not end before the host can know of it: the
+// thread that found it has two stores to do.
 __device__ inline void resetLane(const kernelGroup_t &g, uint32_t call) {
-  while (hasFailed(g) && loadAcquireDevice(&g.state->isRecorded) == 0) {
+  uint64_t start = nowNs();
+  while (hasFailed(g) && loadAcquireDevice(&g.state->isRecorded) == 0 && nowNs() - start < g.timeoutNs) {
   }
   for (uint32_t &blocks : g.laneState->arrived) blocks = 0;
   g.laneState->left = 0;

@@ -269,14 +269,15 @@ const char *gpu_device_outputs(const gpuSide_t *side, gpuData_t *data, cudaStrea
   return copy_data(data, data->sum[1], side->sum, outBytes, stream);
 }
 
+const char *gpu_device_run(const gpuSide_t *side, bool fused, cudaStream_t stream) {
+  if (fused) return gpu_device_fused(side, side->route, stream);
+  RANK_DO(gpu_device_update(side, side->route, stream));
+  return gpu_device_exchange(side, side->route, stream);
+}
+
 const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, bool fused, cudaStream_t stream) {
   RANK_DO(gpu_device_inputs(side, data, stream));
-  if (fused) {
-    RANK_DO(gpu_device_fused(side, side->route, stream));
-  } else {
-    RANK_DO(gpu_device_update(side, side->route, stream));
-    RANK_DO(gpu_device_exchange(side, side->route, stream));
-  }
+  RANK_DO(gpu_device_run(side, fused, stream));
   return gpu_device_outputs(side, data, stream);
 }
 

@@ -74,8 +74,10 @@ const char *gpu_device_update(const gpuSide_t *side, ultraepRoute_t route, cudaS
 const char *gpu_device_exchange(const gpuSide_t *side, ultraepRoute_t route, cudaStream_t stream);
 /* Both of these, with update and dispatch in one call. */
 const char *gpu_device_fused(const gpuSide_t *side, ultraepRoute_t route, cudaStream_t stream);
+/* One or the other, on the side's own route. */
+const char *gpu_device_run(const gpuSide_t *side, bool fused, cudaStream_t stream);
 const char *gpu_device_outputs(const gpuSide_t *side, gpuData_t *data, cudaStream_t stream);
-/* Inputs, update, exchange (or both in one), outputs. */
+/* Inputs, a run, outputs. */
 const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, bool fused, cudaStream_t stream);
 
 /* Null if both backends gave the same, else the first difference. */

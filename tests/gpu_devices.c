@@ -137,12 +137,7 @@ static const char *exchange(away_t *x, bool fused, bool captured) {
   RANK_DO(gpu_host_run(&x->host, &x->data));
   HOME(x, gpu_device_inputs(&x->device, &x->data, x->stream));
   if (captured) RANK_CUDA(cudaStreamBeginCapture(x->stream, cudaStreamCaptureModeThreadLocal));
-  if (fused) {
-    AWAY(x, gpu_device_fused(&x->device, x->device.route, x->stream));
-  } else {
-    AWAY(x, gpu_device_update(&x->device, x->device.route, x->stream));
-    AWAY(x, gpu_device_exchange(&x->device, x->device.route, x->stream));
-  }
+  AWAY(x, gpu_device_run(&x->device, fused, x->stream));
   if (captured) {
     RANK_CUDA(cudaStreamEndCapture(x->stream, &graph));
     HOME(x, launch(graph, &exec, x->stream));
@@ -407,8 +402,8 @@ static void test_fresh(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_fresh), cmocka_unit_test(test_away)};
-  GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
+  GPU_REQUIRE();
   (void)cudaGetDeviceCount(&nDevices);
   return cmocka_run_group_tests_name("gpu_devices", tests, NULL, NULL);
 }

@@ -283,8 +283,8 @@ static void test_mistakes(void **state) {
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_faults), cmocka_unit_test(test_lanes),
                                      cmocka_unit_test(test_mistakes)};
-  GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
+  GPU_REQUIRE();
   if (argc > 1) cmocka_set_test_filter(argv[1]);
   return cmocka_run_group_tests_name("gpu_expert_faults", tests, NULL, NULL);
 }

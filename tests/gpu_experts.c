@@ -577,8 +577,8 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_gate),   cmocka_unit_test(test_memory),   cmocka_unit_test(test_lanes),
       cmocka_unit_test(test_waits),
   };
-  GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
+  GPU_REQUIRE();
   if (argc > 1) nCases = nLaneRounds = atoi(argv[1]);
   if (argc > 2) cmocka_set_test_filter(argv[2]);
   return cmocka_run_group_tests_name("gpu_experts", tests, NULL, NULL);

@@ -593,8 +593,8 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_register),    cmocka_unit_test(test_away_create),
       cmocka_unit_test(test_away_memory),
   };
-  GPU_REQUIRE();
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
+  GPU_REQUIRE();
   if (argc > 1) cmocka_set_test_filter(argv[1]);
   return cmocka_run_group_tests_name("gpu_faults", tests, NULL, NULL);
 }
