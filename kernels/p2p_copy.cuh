@@ -101,11 +101,19 @@ __device__ __noinline__ void copyByWarp(char *to, const char *from, uint64_t byt
 
 // Moves a chunk that bulk copies cannot, if there is one.
 __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
-  P2pChunk chunk = takeChunk(c, nMovers, true);
-  if (!chunk.from) return false;
-  copyByWarp(chunk.to, chunk.from, chunk.bytes);
+  P2pChunk mine;
+  bool isOver;
+  unsigned taken = takeSome(c, nMovers, true, 1, mine, &isOver);
+  if (taken == 0) return false;
+  int winner = __ffs(taken) - 1;
+  auto to = reinterpret_cast<char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(mine.to), winner));
+  auto from =
+      reinterpret_cast<const char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(mine.from), winner));
+  uint64_t bytes = __shfl_sync(kFullWarp, mine.bytes, winner);
+  __syncwarp(); // what the winner has acquired, all have
+  copyByWarp(to, from, bytes);
   __syncwarp();
-  if (threadIdx.x % kWarp == 0) finishChunk(chunk.job, chunk.flag, chunk.flagValue, chunk.bytes);
+  if (int(threadIdx.x % kWarp) == winner) finishChunk(mine.job, mine.flag, mine.flagValue, mine.bytes);
   return true;
 }
 
@@ -115,7 +123,7 @@ __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
 constexpr int kP2pMostStages = 13;
 constexpr uint32_t kP2pLine = 128; // bytes that memory moves at once
 constexpr uint32_t kP2pStageRoom = kP2pTile + kP2pLine;
-constexpr uint32_t kP2pAhead = 2; // chunks taken before they are loaded
+constexpr uint32_t kP2pAhead = 4; // chunks taken before they are loaded
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 struct P2pTile {
@@ -138,28 +146,28 @@ struct P2pPipe {
   uint32_t isLoadedAll;          // nLoaded is the last
 };
 
-__device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
-  return *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes) || c.hasFailed();
-}
-
 // By a warp.
 __device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
   uint32_t taken = 0;
-  while (!__any_sync(kFullWarp, isKernelOver(c))) {
-    if (__any_sync(kFullWarp, taken - loadAcquireBlock(&pipe.nBegun) >= kP2pAhead)) {
+  for (;;) {
+    uint32_t room = __shfl_sync(kFullWarp, kP2pAhead - (taken - loadAcquireBlock(&pipe.nBegun)), 0);
+    if (room == 0) {
       __nanosleep(50);
       continue;
     }
-    P2pChunk chunk = takeChunk(c, gridDim.x, false);
-    if (!chunk.from) {
+    P2pChunk chunk;
+    bool isOver;
+    unsigned mine = takeSome(c, gridDim.x, false, room, chunk, &isOver);
+    if (isOver) break;
+    if (mine == 0) {
       __nanosleep(32);
       continue;
     }
-    if (threadIdx.x % kWarp == 0) {
-      pipe.chunk[taken % kP2pAhead] = chunk;
-      storeReleaseBlock(&pipe.nTaken, taken + 1);
-    }
-    taken++;
+    if (chunk.from)
+      pipe.chunk[(taken + __popc(mine & ((1u << threadIdx.x % kWarp) - 1))) % kP2pAhead] = chunk;
+    taken += __popc(mine);
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) storeReleaseBlock(&pipe.nTaken, taken);
   }
   if (threadIdx.x % kWarp == 0) storeReleaseBlock(&pipe.isTakenAll, 1);
 }

@@ -28,8 +28,9 @@ struct P2pLane {
       found.own = c.p.windows[c.p.rank];
       found.peer = c.p.windows[lane.peer];
       found.isOwed = lane.isRecv ? c.s.isOwed[lane.peer] : 0;
+      found.generation = c.s.jobs[index].generation;
       state = found;
-      if (found.isOwed) tellTaken();
+      if (found.isOwed) tellTaken(); // what it tells of came before this kernel
     }
     __syncwarp();
   }
@@ -64,11 +65,11 @@ struct P2pLane {
     __syncwarp();
     if (isFirst()) {
       bool forWarps = byWarps || (kind != kP2pDirect && bytes % 16 != 0);
-      uint64_t generation = job.generation + 1, word = generation << kP2pOffsetBits;
+      uint64_t generation = state.generation + 1, word = generation << kP2pOffsetBits;
       bool isDirect = kind == kP2pDirect;
-      job.generation = generation;
+      state.generation = job.generation = generation;
       job.limit = 0;
-      __threadfence();
+      fenceDevice();
       job.bytes = bytes;
       job.done = 0;
       job.user = user;
@@ -77,7 +78,7 @@ struct P2pLane {
       job.kind = kind;
       job.peer = lane.peer;
       job.byWarps = byWarps;
-      __threadfence();
+      fenceDevice();
       storeRelaxedDevice64(&job.bulk, isDirect && !byWarps ? word : word | kP2pBeyond);
       storeRelaxedDevice64(&job.warps, isDirect && byWarps ? word : word | kP2pBeyond);
       storeRelaxedDevice64(&job.staged, isDirect ? word | kP2pBeyond : word);
@@ -174,15 +175,16 @@ struct P2pLane {
     if (lane.peer == c.p.rank) return reinterpret_cast<char *>(post.address);
     if (post.slot >= KERNEL_P2P_SLOTS) return nullptr;
     const kernelP2pMap_t *map = c.p.maps + size_t(lane.peer) * KERNEL_P2P_SLOTS + post.slot;
-    kernelP2pMap_t *seen = &c.s.maps[lane.peer][post.slot]; // the host's memory is far
+    kernelP2pMap_t *at = &c.s.maps[lane.peer][post.slot], seen; // the host's memory is far
     __syncwarp();
-    if (seen->generation != post.generation) {
+    seen = *at;
+    if (seen.generation != post.generation) {
       if (seeSystem(&map->generation) != post.generation) return nullptr;
-      int64_t delta = int64_t(seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)));
-      if (isFirst()) *seen = {post.generation, delta};
+      seen = {post.generation, int64_t(seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)))};
+      if (isFirst()) *at = seen;
       __syncwarp();
     }
-    return reinterpret_cast<char *>(post.address + uint64_t(seen->delta));
+    return reinterpret_cast<char *>(post.address + uint64_t(seen.delta));
   }
   // The receiver has posted: where it goes.
   __device__ bool sendPosted(const kernelP2pOp_t &x) const {
@@ -266,15 +268,25 @@ struct P2pLane {
     if (isFirst() && polls <= kPolls) state.polls = polls + 1;
     __syncwarp();
   }
+  // The lane's last transfer is told by the next kernel, which must come before the sender can need it: that
+  // saves this one a fence at its end.
   __device__ bool received() const {
+    over();
+    if (isFirst()) {
+      state.isOwed = 1;
+      if (!isOver()) {
+        __threadfence_system();
+        tellTaken();
+      }
+    }
     __syncwarp();
-    if (isFirst()) storeReleaseSystem(c.taken(state.peer, c.p.rank), number() + 1);
-    return over();
+    return true;
   }
-  // Tells the sender of the transfer before the present one, and of its stage. By one thread.
+  // Tells the sender of the transfer before the present one, and of its stage, if it had one. By one thread,
+  // after a fence.
   __device__ void tellTaken() const {
-    __threadfence_system();
-    storeRelaxedSystem(c.freed(state.peer, c.p.rank, state.chunk - 1), state.chunk);
+    uint64_t chunk = state.chunk;
+    if (chunk > 0) storeRelaxedSystem(c.freed(state.peer, c.p.rank, chunk - 1), chunk);
     storeRelaxedSystem(c.taken(state.peer, c.p.rank), number());
     state.isOwed = 0;
   }
@@ -312,15 +324,7 @@ struct P2pLane {
     copyByWarp(reinterpret_cast<char *>(x.address), c.stage(state.own, lane.peer, chunk), state.bytes);
     __syncwarp();
     if (isFirst()) state.chunk = chunk + 1;
-    over();
-    // The lane's last is told by the next kernel, which must come before the sender can need it: that saves
-    // this one a fence at its end.
-    if (isFirst()) {
-      state.isOwed = 1;
-      if (!isOver()) tellTaken();
-    }
-    __syncwarp();
-    return true;
+    return received();
   }
   __device__ bool recvMoving() const {
     bool some = extend(state.chunk);
@@ -418,7 +422,7 @@ __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int 
       if (__any_sync(kFullWarp, over)) return;
       bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;
       if (__any_sync(kFullWarp, jobs)) some |= moveByWarp(c, gridDim.x);
-      if (nOver == nMine && !some) __nanosleep(500);
+      if (nOver == nMine && !some) __nanosleep(100);
     }
     if (some) {
       clock.since = 0;

@@ -42,15 +42,16 @@ enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
 
 // Of the warp that looks after the lane, in its block's shared memory.
 struct P2pLaneState {
-  int32_t op;       // of the lane, under way
-  int32_t step;     // P2pStep
-  uint64_t number;  // of the transfer under way
-  uint64_t chunk;   // of the pair, the next that is staged
-  uint64_t bytes;   // of the transfer under way, once known
-  uint64_t chunks;  // of the job that may be taken
-  uint64_t room;    // sends: chunks below this have had a free stage
-  uint64_t over;    // sends: transfers that the receiver was seen to be done with
-  char *own, *peer; // windows: this rank's, and the other's as seen from here
+  int32_t op;          // of the lane, under way
+  int32_t step;        // P2pStep
+  uint64_t number;     // of the transfer under way
+  uint64_t chunk;      // of the pair, the next that is staged
+  uint64_t bytes;      // of the transfer under way, once known
+  uint64_t chunks;     // of the job that may be taken
+  uint64_t room;       // sends: chunks below this have had a free stage
+  uint64_t over;       // sends: transfers that the receiver was seen to be done with
+  uint64_t generation; // of the lane's job
+  char *own, *peer;    // windows: this rank's, and the other's as seen from here
   int32_t isDirect;
   int32_t polls;   // for the transfer's mark
   uint32_t isOwed; // receives: the sender has not been told that the last transfer is over
@@ -186,32 +187,38 @@ __device__ __forceinline__ uint64_t chunkBytes(uint64_t left, uint32_t nMovers, 
   return min(max(share, kP2pLeastChunk), kP2pMostChunk);
 }
 
-// The chunk at `at` of a job of which that much has been taken.
-__device__ inline P2pChunk makeChunk(const P2pContext &c, P2pJob &job, uint64_t at, uint64_t bytes) {
+// The chunk at `at` of a staged job, of which that much has been taken.
+__device__ inline P2pChunk stagedChunk(const P2pContext &c, P2pJob &job, uint64_t at, uint64_t bytes) {
   uint64_t number = job.firstChunk + at / c.p.geometry.stageBytes;
-  P2pChunk chunk = {job.user + at, job.other + at, bytes, at, nullptr, number + 1, &job};
   if (job.kind == kP2pStagedSend) {
     char *peer = c.p.windows[job.peer];
-    chunk.to = c.stage(peer, c.p.rank, number);
-    chunk.flag = c.arrived(peer, c.p.rank, number);
-  } else if (job.kind == kP2pStagedRecv) {
-    chunk.from = c.stage(c.p.windows[c.p.rank], job.peer, number);
-    chunk.to = job.user + at;
-    chunk.before = 0;
-    chunk.flag = c.freed(c.p.windows[job.peer], c.p.rank, number);
+    return {job.user + at,
+            c.stage(peer, c.p.rank, number),
+            bytes,
+            at,
+            c.arrived(peer, c.p.rank, number),
+            number + 1,
+            &job};
   }
-  return chunk;
+  return {c.stage(c.p.windows[c.p.rank], job.peer, number), job.user + at, bytes, 0,
+          c.freed(c.p.windows[job.peer], c.p.rank, number), number + 1,    &job};
 }
 
-// By one thread: takes the next chunk of a job, if it still can.
-__device__ inline P2pChunk takeDirect(const P2pContext &c, P2pJob &job, uint64_t left, uint32_t nMovers,
-                                      bool byWarp) {
-  uint64_t bytes = chunkBytes(left, nMovers, byWarp);
+// By one thread: takes the next chunk of a job, if it still can. Memory is far, so what does not depend on
+// one another is looked up at once.
+__device__ inline P2pChunk takeDirect(const P2pContext &c, P2pJob &job, uint64_t bytes, bool byWarp) {
   uint64_t word = atomicAdd(byWarp ? &job.warps : &job.bulk, bytes), at = word & kP2pOffsetMask;
-  __threadfence();
-  uint64_t all = loadAcquireDevice64(&job.bytes); // before the generation, which changes first
-  if (loadAcquireDevice64(&job.generation) != word >> kP2pOffsetBits || at >= all) return {};
-  return makeChunk(c, job, at, min(bytes, all - at));
+  fenceDevice();
+  uint64_t all = lookDevice64(&job.bytes), user = lookDevice64(&job.user), other = lookDevice64(&job.other);
+  fenceDevice(); // before the generation, which changes first
+  if (lookDevice64(&job.generation) != word >> kP2pOffsetBits || at >= all) return {};
+  return {reinterpret_cast<const char *>(user + at),
+          reinterpret_cast<char *>(other + at),
+          min(bytes, all - at),
+          at,
+          nullptr,
+          0,
+          &job};
 }
 __device__ inline P2pChunk takeStaged(const P2pContext &c, P2pJob &job, bool byWarp) {
   uint64_t word = loadAcquireDevice64(&job.staged), at = word & kP2pOffsetMask;
@@ -220,45 +227,54 @@ __device__ inline P2pChunk takeStaged(const P2pContext &c, P2pJob &job, bool byW
   uint64_t bytes = min(all - at, c.p.geometry.stageBytes);
   if (isForWarps(job.byWarps, at, bytes, all) != byWarp) return {};
   if (atomicCAS(&job.staged, word, word + bytes) != word) return {};
-  return makeChunk(c, job, at, bytes);
+  return stagedChunk(c, job, at, bytes);
 }
 
-// Takes the next chunk of the job that has most left. By a warp; the chunk is the same in every lane.
-__device__ inline P2pChunk takeChunk(const P2pContext &c, uint32_t nMovers, bool byWarp) {
+__device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
+  return *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes) || c.hasFailed();
+}
+
+// Takes the next chunk each of the jobs that have most left, or not less than half of it, of `most` at most,
+// and of no more than a mover's part of all. By a warp: returns the lanes that have taken one. *isOver:
+// nothing may be taken any more.
+__device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool byWarp, uint32_t most,
+                                    P2pChunk &chunk, bool *isOver) {
   int lane = threadIdx.x % kWarp, best = -1;
+  bool sawOver = isKernelOver(c); // on its way while jobs are looked at
   uint64_t bestLeft = 0;
+  uint32_t allLeft = 0; // in KiB; as much as a word holds will do
   for (int j = lane; j < c.nLanes; j += kWarp) {
     int i = (j + int(blockIdx.x)) % c.nLanes; // blocks that find jobs alike begin with different ones
     uint64_t left = lookAtJob(c, c.s.jobs[i], byWarp);
+    allLeft += uint32_t(min(left >> 10, uint64_t(0x3ffff)));
     if (left > bestLeft) {
       bestLeft = left;
       best = i;
     }
   }
-  uint32_t key = best < 0 ? 0 : uint32_t(min(bestLeft >> 10, uint64_t(0x3ffffff))) + 1;
-  uint32_t most = warpMax(key);
-  P2pChunk chunk = {};
-  if (most == 0) return chunk;
-  int winner = warpFirst(key == most);
-  if (lane == winner) {
+  uint32_t key = best < 0 ? 0 : uint32_t(min(bestLeft >> 10, uint64_t(0x3ffffff))) + 1, least = 1;
+  uint64_t bytes = chunkBytes(bestLeft, nMovers, byWarp);
+  bool isMine = false;
+  chunk = {};
+  *isOver = __any_sync(kFullWarp, sawOver);
+  for (uint32_t n = 0; n < most && !*isOver; n++) {
+    uint32_t largest = warpMax(isMine ? 0 : key);
+    if (largest < least) break;
+    int winner = warpFirst(!isMine && key == largest);
+    if (n == 0 && most > 1) {
+      uint32_t part = warpSum(allLeft) / (nMovers * uint32_t(__shfl_sync(kFullWarp, bytes, winner) >> 10));
+      most = min(most, max(part, 1u));
+      least = (largest + 1) / 2;
+    }
+    isMine = isMine || lane == winner;
+  }
+  if (isMine) {
     P2pJob &job = c.s.jobs[best];
     chunk = *reinterpret_cast<volatile uint32_t *>(&job.kind) == kP2pDirect
-                ? takeDirect(c, job, bestLeft, nMovers, byWarp)
+                ? takeDirect(c, job, bytes, byWarp)
                 : takeStaged(c, job, byWarp);
   }
-  auto share = [&](auto *&pointer) {
-    pointer = reinterpret_cast<decltype(pointer + 0)>(
-        __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), winner));
-  };
-  share(chunk.from);
-  share(chunk.to);
-  share(chunk.flag);
-  share(chunk.job);
-  chunk.bytes = __shfl_sync(kFullWarp, chunk.bytes, winner);
-  chunk.before = __shfl_sync(kFullWarp, chunk.before, winner);
-  chunk.flagValue = __shfl_sync(kFullWarp, chunk.flagValue, winner);
-  __syncwarp(); // what the winner has acquired, all have
-  return chunk;
+  return __ballot_sync(kFullWarp, chunk.from != nullptr);
 }
 
 // What was moved is whole, and seen by whoever sees the flag or the count. By one thread, after the others'

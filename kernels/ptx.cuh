@@ -64,6 +64,10 @@ __device__ __forceinline__ uint32_t addAcquireReleaseDevice(uint32_t *at, uint32
                : "memory");
   return before;
 }
+// What this thread does before comes before what it does after, as others on the device see it.
+__device__ __forceinline__ void fenceDevice() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
 // Looks without order, which the compiler may move; the two words at once, on 16 bytes.
 __device__ __forceinline__ uint32_t lookDevice(const uint32_t *at) {
   uint32_t value;

@@ -53,6 +53,9 @@ inline void addReleaseDevice64(void *at, uint64_t value) {
 inline uint32_t addAcquireReleaseDevice(uint32_t *at, uint32_t value) {
   return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
 }
+inline void fenceDevice() {
+  __atomic_thread_fence(__ATOMIC_ACQ_REL);
+}
 inline uint32_t lookDevice(const uint32_t *at) {
   return __atomic_load_n(at, __ATOMIC_RELAXED);
 }
