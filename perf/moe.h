@@ -101,13 +101,14 @@ typedef struct {
 typedef struct moeRun moeRun_t;
 typedef struct moeRank moeRank_t;
 
-/* C[m][n] = A B or, in fp32, C += A B; A[m][k], or A[k][m] where transposed; B[k][n], or B[n][k]. */
+/* C[m][n] = A B or C += A B; A[m][k], or A[k][m] where transposed; B[k][n], or B[n][k]. */
 typedef struct {
   int64_t m, n, k;
   const uint16_t *a, *b;
   bool aTransposed, bTransposed;
   void *c;
-  bool accumulate; /* c is fp32 and is added to; else c is bfloat16 and is written */
+  bool isWide;     /* c is fp32, else bfloat16 */
+  bool accumulate; /* c is added to, else written */
 } moeGemm_t;
 
 /* What the ranks compute with. 0, or -1 and the failure recorded. Works on a GPU are enqueued. */

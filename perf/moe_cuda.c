@@ -299,7 +299,7 @@ static int cuda_gemm_run(moeRank_t *rank, const cudaEngine_t *engine, const moeG
   MOE_CUBLAS(rank, self->cublas->GemmEx(engine->handle, cuda_b_op(gemm), cuda_a_op(gemm), (int)gemm->n,
                                         (int)gemm->m, (int)gemm->k, &alpha, gemm->b, CUDA_R_16BF,
                                         cuda_b_stride(gemm), gemm->a, CUDA_R_16BF, cuda_a_stride(gemm), &beta,
-                                        gemm->c, gemm->accumulate ? CUDA_R_32F : CUDA_R_16BF, (int)gemm->n,
+                                        gemm->c, gemm->isWide ? CUDA_R_32F : CUDA_R_16BF, (int)gemm->n,
                                         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
   return 0;
 }
@@ -369,7 +369,7 @@ static int cuda_gemms_spread(moeRank_t *rank, const moeGemm_t *gemms, int32_t co
 }
 
 static int cuda_gemms(moeRank_t *rank, const moeGemm_t *gemms, int32_t count) {
-  if (moe_options(rank)->gemm == MOE_GEMM_GROUPED && !gemms[0].accumulate)
+  if (moe_options(rank)->gemm == MOE_GEMM_GROUPED && !gemms[0].isWide)
     return cuda_groups_run(rank, gemms, count);
   return cuda_gemms_spread(rank, gemms, count, moe_options(rank)->nStreams);
 }

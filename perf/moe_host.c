@@ -60,8 +60,8 @@ static void host_row_multiply(const moeGemm_t *gemm, int64_t m, int64_t first, i
     float a = moeFloat(gemm->a[gemm->aTransposed ? k * gemm->m + m : m * gemm->k + k]);
     for (int j = 0; j < HOST_COLUMNS; j++) sums[j] += a * panel[k * HOST_COLUMNS + j];
   }
-  for (int64_t j = 0; gemm->accumulate && j < count; j++) sumsTo[j] = sums[j];
-  for (int64_t j = 0; !gemm->accumulate && j < count; j++) roundedTo[j] = moeBfloat(sums[j]);
+  for (int64_t j = 0; gemm->isWide && j < count; j++) sumsTo[j] = sums[j];
+  for (int64_t j = 0; !gemm->isWide && j < count; j++) roundedTo[j] = moeBfloat(sums[j]);
 }
 
 static int host_gemms(moeRank_t *rank, const moeGemm_t *gemms, int32_t count) {

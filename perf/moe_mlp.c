@@ -32,6 +32,8 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   /* Weight gradients sum over the rows; those of padding are zeros, and cuBLAS is slow where their number is
    * odd. */
   int64_t align = options->bench.alignment, padded = (n + align - 1) / align * align;
+  /* What a replica's gradients are added to are zeros, which need not be read. */
+  bool isReplica = segment >= moe_experts_per_rank(rank);
   const uint16_t *w1 = mlp_weights(rank, layer, 0, segment), *w2 = mlp_weights(rank, layer, 1, segment);
   uint16_t *rows = layer->rows + at * h, *rowsOut = rank->rowsOut + at * h;
   uint16_t *gateUp = layer->gateUp + at * 2 * i, *act = layer->act + at * i,
@@ -51,7 +53,8 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
                        .aTransposed = true,
                        .b = act,
                        .c = mlp_grads(rank, layer, 1, segment),
-                       .accumulate = true};
+                       .isWide = true,
+                       .accumulate = !isReplica};
   case MLP_GATE_UP_GRAD: /* dW1 += dGU^T X */
     return (moeGemm_t){.m = 2 * i,
                        .n = h,
@@ -60,7 +63,8 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
                        .aTransposed = true,
                        .b = rows,
                        .c = mlp_grads(rank, layer, 0, segment),
-                       .accumulate = true};
+                       .isWide = true,
+                       .accumulate = !isReplica};
   default: /* dX = dGU W1, in place of X */
     return (moeGemm_t){.m = n, .n = h, .k = 2 * i, .a = gateUp, .b = w1, .c = rows};
   }

@@ -87,8 +87,8 @@ static void product_check(fixture_t *fixture, int64_t m, int64_t n, int64_t k, b
   static float sums[4096];
   assert_true(m * n <= 4096);
   for (int64_t i = 0; i < m * n; i++) sums[i] = (float)(i % 7);
-  moeGemm_t gemms[] = {{m, n, k, a, b, aTransposed, bTransposed, rounded, false},
-                       {m, n, k, a, b, aTransposed, bTransposed, sums, true}};
+  moeGemm_t gemms[] = {{m, n, k, a, b, aTransposed, bTransposed, rounded, false, false},
+                       {m, n, k, a, b, aTransposed, bTransposed, sums, true, true}};
   assert_int_equal(moeHostOps.gemms(&fixture->rank, gemms, 2), 0);
   for (int64_t i = 0; i < m * n; i++) {
     double wanted = product_element(&gemms[0], i / n, i % n);
