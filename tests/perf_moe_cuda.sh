@@ -25,7 +25,9 @@ runs() {
 runs
 runs --gemm grouped
 runs --layers 3
-runs --layers 3 --overlap 1 --streams 3 --ctas 8 --expert-ctas 4
+# Two ranks, as ranks that are threads on one GPU share its 32 hardware queues, too: streams of one that stand behind
+# another's in a queue wait for it.
+runs -t 2 --layers 3 --overlap 1 --streams 3 --ctas 8 --expert-ctas 4
 runs --overlap 1 --gemm grouped
 runs --layers 2 --gemm grouped --align 16
 runs -t 2 --slots 1 --mode once
