@@ -12,7 +12,9 @@
  *   staged, through the receiver's window: chunk i of the pair goes to stage i % nStages, and the receiver
  *     copies it out and frees the stage. Transfers of at most eagerBytes always go that way, without waiting
  *     for the post.
- * The sender alone decides, and its *mark* tells the receiver.
+ * The sender alone decides, and its *mark* tells the receiver. The smallest of all need not even a mark, for
+ * which data must have arrived: they go as *packets*, four bytes beside a word that says which transfer it
+ * is, in place of the stage that the chunk would have.
  *
  * Every lane has a warp of the kernel that looks after it: posts, marks, looks at flags, and moves small
  * transfers (one stage at most) itself. A larger one it opens as a *job*, which is chunks: each block has
@@ -28,6 +30,8 @@
  * Window of a rank, the same layout everywhere (offsets: kernelP2pLayout). From senders, by sender:
  *   marks   [R][KERNEL_P2P_RING]  kernelP2pMark_t, transfer n at n % RING
  *   arrived [R][nStages]          uint64: number of the chunk in the stage, plus 1
+ *   packets [R][nStages][packetRoom] instead of a stage: 16 bytes of two packets, the first of which have the
+ *                                 number of bytes, then two packets for every 8 bytes
  *   stages  [R][nStages][stageBytes]
  * From receivers, by receiver:
  *   posts   [R][KERNEL_P2P_RING]  kernelP2pPost_t
@@ -54,6 +58,7 @@ extern "C" {
 #define KERNEL_P2P_NO_SLOT 0xffffffffu
 #define KERNEL_P2P_MARK_BITS 28
 #define KERNEL_P2P_MOST_EAGER ((1u << (KERNEL_P2P_MARK_BITS - 2)) - 1)
+#define KERNEL_P2P_MOST_PACKETED 8192 /* they take twice the room, but no fence */
 
 typedef struct {
   uint64_t bytes; /* of the send, unless it is in the word */
@@ -136,8 +141,10 @@ typedef struct {
 } kernelP2pGroup_t;
 
 typedef struct {
-  size_t marks, arrived, posts, taken, freed, gone, stages; /* offsets in a window */
+  size_t marks, arrived, posts, taken, freed, gone, packets, stages; /* offsets in a window */
   size_t bytes;
+  uint64_t mostPacketed; /* bytes that go as packets, at most */
+  size_t packetRoom;
 } kernelP2pLayout_t;
 
 void kernelP2pLayout(const kernelP2pGeometry_t *geometry, kernelP2pLayout_t *layout);

@@ -156,6 +156,10 @@ void kernelP2pLayout(const kernelP2pGeometry_t *geometry, kernelP2pLayout_t *lay
   layout->taken = part(nRanks * sizeof(uint64_t));
   layout->freed = part(nStages * sizeof(uint64_t));
   layout->gone = part(nRanks * sizeof(uint64_t));
+  layout->mostPacketed = std::min<uint64_t>(geometry->eagerBytes, KERNEL_P2P_MOST_PACKETED);
+  // Room for a unit a lane at least, as all lanes look.
+  layout->packetRoom = std::max<size_t>(ultraep::kWarp, 1 + (layout->mostPacketed + 7) / 8) * 16;
+  layout->packets = part(nStages * layout->packetRoom);
   layout->stages = part(nStages * geometry->stageBytes);
   layout->bytes = at;
 }

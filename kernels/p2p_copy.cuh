@@ -99,6 +99,105 @@ __device__ __noinline__ void copyByWarp(char *to, const char *from, uint64_t byt
   copyBytes(to + middle, from + middle, bytes - middle);
 }
 
+// ---- packets ----
+
+// Up to 8 bytes at any address, as a little-endian word.
+__device__ __forceinline__ uint64_t loadWord(const char *from, uint32_t bytes) {
+  uint32_t phase = uint32_t(reinterpret_cast<uintptr_t>(from) % 8);
+  if (bytes == 8 && phase == 0) return *reinterpret_cast<const uint64_t *>(from);
+  if (bytes == 8 && phase == 4) {
+    auto *halves = reinterpret_cast<const uint32_t *>(from);
+    return uint64_t(halves[1]) << 32 | halves[0];
+  }
+  uint64_t value = 0;
+  for (uint32_t i = 0; i < bytes; i++) value |= uint64_t(uint8_t(from[i])) << 8 * i;
+  return value;
+}
+__device__ __forceinline__ void storeWord(char *to, uint64_t value, uint32_t bytes) {
+  uint32_t phase = uint32_t(reinterpret_cast<uintptr_t>(to) % 8);
+  if (bytes == 8 && phase == 0) {
+    *reinterpret_cast<uint64_t *>(to) = value;
+  } else if (bytes == 8 && phase == 4) {
+    auto *halves = reinterpret_cast<uint32_t *>(to);
+    halves[0] = uint32_t(value);
+    halves[1] = uint32_t(value >> 32);
+  } else {
+    for (uint32_t i = 0; i < bytes; i++) to[i] = char(value >> 8 * i);
+  }
+}
+
+// A transfer as packets: each is a word with four bytes below and above, alike in all, a stamp of the pair's
+// transfer that it is, so that it says itself whether it has arrived. Units of two: the first says how many
+// bytes the transfer has, each after that has 8 of them.
+constexpr int kP2pUnitsAtOnce = 4; // of a lane
+
+struct P2pUnit {
+  uint64_t first, second;
+
+  __device__ bool isOf(uint64_t stamp) const {
+    return (first ^ stamp) >> 32 == 0 && (second ^ stamp) >> 32 == 0;
+  }
+};
+__device__ __forceinline__ uint64_t packetStamp(uint64_t number) {
+  return (number << 1 | 1) << 32; // never 0
+}
+__device__ __forceinline__ char *unitAt(char *units, uint32_t number) {
+  return units + 16 * number;
+}
+__device__ __forceinline__ P2pUnit lookAtUnit(char *units, uint32_t number) {
+  P2pUnit unit;
+  loadPair(unitAt(units, number), unit.first, unit.second);
+  return unit;
+}
+__device__ __forceinline__ uint32_t bytesOfUnit(uint64_t bytes, uint32_t number) {
+  return uint32_t(min(bytes - 8 * uint64_t(number - 1), uint64_t(8)));
+}
+
+// By a warp.
+__device__ inline void sendPackets(char *units, uint64_t stamp, const char *from, uint64_t bytes) {
+  uint32_t last = uint32_t((bytes + 7) / 8), lane = threadIdx.x % kWarp;
+#pragma unroll 1
+  for (uint32_t first = lane + 1; first <= last; first += kP2pUnitsAtOnce * kWarp) {
+    uint64_t word[kP2pUnitsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kP2pUnitsAtOnce; i++)
+      if (uint32_t at = first + i * kWarp; at <= last)
+        word[i] = loadWord(from + 8 * (at - 1), bytesOfUnit(bytes, at));
+#pragma unroll
+    for (int i = 0; i < kP2pUnitsAtOnce; i++)
+      if (uint32_t at = first + i * kWarp; at <= last)
+        storePair(unitAt(units, at), stamp | uint32_t(word[i]), stamp | word[i] >> 32);
+  }
+  if (lane == 0) storePair(unitAt(units, 0), stamp | bytes, stamp);
+}
+
+// Copies what has come; true if that is all. By a warp, each lane of which has looked at the unit of its
+// number
+// (`seen`).
+__device__ inline bool receivePackets(char *units, uint64_t stamp, P2pUnit seen, char *to, uint64_t bytes) {
+  uint32_t last = uint32_t((bytes + 7) / 8), lane = threadIdx.x % kWarp;
+  bool isAll = true;
+#pragma unroll 1
+  for (uint32_t first = lane; first <= last; first += kP2pUnitsAtOnce * kWarp) {
+    P2pUnit here[kP2pUnitsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kP2pUnitsAtOnce; i++) {
+      uint32_t at = first + i * kWarp;
+      here[i] = at >= uint32_t(kWarp) && at <= last ? lookAtUnit(units, at) : seen;
+    }
+#pragma unroll
+    for (int i = 0; i < kP2pUnitsAtOnce; i++) {
+      uint32_t at = first + i * kWarp;
+      if (at == 0 || at > last) continue;
+      bool isHere = here[i].isOf(stamp);
+      uint64_t word = here[i].second << 32 | uint32_t(here[i].first);
+      if (isHere) storeWord(to + 8 * (at - 1), word, bytesOfUnit(bytes, at));
+      isAll = isAll && isHere;
+    }
+  }
+  return __all_sync(kFullWarp, isAll);
+}
+
 // Moves a chunk that bulk copies cannot, if there is one.
 __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
   P2pChunk mine;

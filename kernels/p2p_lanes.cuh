@@ -156,17 +156,21 @@ struct P2pLane {
     __syncwarp();
     return n > 0;
   }
-  // The mark alone says that the stage is filled.
+  // As packets, or into a stage, where the mark alone says that it is filled.
   __device__ bool sendEager(const kernelP2pOp_t &x) const {
     uint64_t chunk = state.chunk;
-    if (x.bytes > 0) {
-      if (!hasRoom()) return false;
-      copyByWarp(c.stage(state.peer, c.p.rank, chunk), reinterpret_cast<const char *>(x.address), x.bytes);
-    }
+    auto *from = reinterpret_cast<const char *>(x.address);
+    bool isPacketed = x.bytes > 0 && x.bytes <= c.layout.mostPacketed;
+    if (x.bytes > 0 && !hasRoom()) return false;
+    if (isPacketed)
+      sendPackets(c.packets(state.peer, c.p.rank, chunk), packetStamp(number()), from, x.bytes);
+    else if (x.bytes > 0)
+      copyByWarp(c.stage(state.peer, c.p.rank, chunk), from, x.bytes);
     __syncwarp();
     if (isFirst()) {
       kernelP2pMark_t *mark = c.mark(state.peer, c.p.rank, number());
-      storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | x.bytes << 2 | 2);
+      if (!isPacketed)
+        storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | x.bytes << 2 | 2);
       if (x.bytes > 0) state.chunk = chunk + 1;
     }
     return over();
@@ -290,10 +294,23 @@ struct P2pLane {
     storeRelaxedSystem(c.taken(state.peer, c.p.rank), number());
     state.isOwed = 0;
   }
-  // The sender has begun, or, where it goes directly, ended.
+  // As packets that have begun to come.
+  __device__ bool recvPackets(const kernelP2pOp_t &x, char *units, P2pUnit seen, uint64_t sent) const {
+    auto *to = reinterpret_cast<char *>(x.address);
+    if (!receivePackets(units, packetStamp(number()), seen, to, min(sent, x.bytes))) return false;
+    if (isFirst()) {
+      if (sent != x.bytes) c.tellSizes(lane.peer, sent, x.bytes);
+      state.chunk++;
+    }
+    return received();
+  }
+  // The sender has begun, or, where it goes directly, ended. Packets and the mark are looked at together.
   __device__ bool recvMarked(const kernelP2pOp_t &x) const {
     const kernelP2pMark_t *at = c.mark(state.own, lane.peer, number());
-    uint64_t word = seeSystem(&at->number);
+    char *units = c.packets(state.own, lane.peer, state.chunk);
+    P2pUnit seen = lookAtUnit(units, threadIdx.x % kWarp);
+    uint64_t word = seeSystem(&at->number), head = __shfl_sync(kFullWarp, seen.first, 0);
+    if ((head ^ packetStamp(number())) >> 32 == 0) return recvPackets(x, units, seen, uint32_t(head));
     if (word >> KERNEL_P2P_MARK_BITS != number() + 1) {
       postLate(x);
       return false;

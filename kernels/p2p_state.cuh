@@ -111,6 +111,10 @@ struct P2pContext {
     return window + layout.stages + (from * stages() + chunk % stages()) * p.geometry.stageBytes;
   }
 
+  __device__ char *packets(char *window, int from, uint64_t chunk) const {
+    return window + layout.packets + (from * stages() + chunk % stages()) * layout.packetRoom;
+  }
+
   __device__ bool hasFailed() const { return *reinterpret_cast<volatile int32_t *>(&s.failed) != 0; }
   // The first failure stands. By one thread.
   __device__ void fail(int32_t code, int32_t peer) const {
@@ -206,7 +210,7 @@ __device__ inline P2pChunk stagedChunk(const P2pContext &c, P2pJob &job, uint64_
 
 // By one thread: takes the next chunk of a job, if it still can. Memory is far, so what does not depend on
 // one another is looked up at once.
-__device__ inline P2pChunk takeDirect(const P2pContext &c, P2pJob &job, uint64_t bytes, bool byWarp) {
+__device__ inline P2pChunk takeDirect(P2pJob &job, uint64_t bytes, bool byWarp) {
   uint64_t word = atomicAdd(byWarp ? &job.warps : &job.bulk, bytes), at = word & kP2pOffsetMask;
   fenceDevice();
   uint64_t all = lookDevice64(&job.bytes), user = lookDevice64(&job.user), other = lookDevice64(&job.other);
@@ -270,9 +274,8 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
   }
   if (isMine) {
     P2pJob &job = c.s.jobs[best];
-    chunk = *reinterpret_cast<volatile uint32_t *>(&job.kind) == kP2pDirect
-                ? takeDirect(c, job, bytes, byWarp)
-                : takeStaged(c, job, byWarp);
+    chunk = *reinterpret_cast<volatile uint32_t *>(&job.kind) == kP2pDirect ? takeDirect(job, bytes, byWarp)
+                                                                            : takeStaged(c, job, byWarp);
   }
   return __ballot_sync(kFullWarp, chunk.from != nullptr);
 }

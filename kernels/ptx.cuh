@@ -31,6 +31,17 @@ __device__ __forceinline__ void storeRelaxedSystem(uint64_t *at, uint64_t value)
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
 }
 
+// Two words of which each arrives whole, in any order.
+__device__ __forceinline__ void storePair(char *at, uint64_t first, uint64_t second) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(at), "l"(first), "l"(second) : "memory");
+}
+__device__ __forceinline__ void loadPair(const char *at, uint64_t &first, uint64_t &second) {
+  asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+               : "=l"(first), "=l"(second)
+               : "l"(at)
+               : "memory");
+}
+
 // ---- between blocks of one device ----
 
 __device__ __forceinline__ uint32_t loadAcquireDevice(const uint32_t *at) {

@@ -65,9 +65,11 @@ static void *test_room(planner_random_t *random, int isRecv, int rank, uint64_t 
 }
 
 static uint64_t test_bytes(planner_random_t *random) {
-  switch (planner_random_below(random, 6)) {
+  switch (planner_random_below(random, 7)) {
   case 0:
     return 0;
+  case 6: /* about what still goes as packets */
+    return KERNEL_P2P_MOST_PACKETED - 9 + (uint64_t)planner_random_below(random, 18);
   case 1:
     return (uint64_t)planner_random_below(random, 64);
   case 2:

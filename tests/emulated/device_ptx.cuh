@@ -32,6 +32,16 @@ inline void storeReleaseSystem(uint32_t *at, uint32_t value) {
 inline void storeRelaxedSystem(uint64_t *at, uint64_t value) {
   __atomic_store_n(at, value, __ATOMIC_RELAXED);
 }
+inline void storePair(char *at, uint64_t first, uint64_t second) {
+  auto *words = reinterpret_cast<uint64_t *>(at);
+  __atomic_store_n(&words[1], second, __ATOMIC_RELAXED); // the order is nobody's business
+  __atomic_store_n(&words[0], first, __ATOMIC_RELAXED);
+}
+inline void loadPair(const char *at, uint64_t &first, uint64_t &second) {
+  auto *words = reinterpret_cast<const uint64_t *>(at);
+  first = __atomic_load_n(&words[0], __ATOMIC_RELAXED);
+  second = __atomic_load_n(&words[1], __ATOMIC_RELAXED);
+}
 inline uint32_t loadAcquireDevice(const uint32_t *at) {
   return emulatedLoad(at);
 }
