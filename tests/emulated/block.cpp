@@ -165,14 +165,27 @@ void Block::poll() {
   switchAway();
 }
 
+void Block::sleep() {
+  next = kSleeps;
+  switchAway();
+}
+
 // Other blocks wait for this CPU.
 void Block::rest() {
   nIdle = 0;
   (void)sched_yield();
 }
 
+// So seldom that those that sleep, who are many, leave most of the time to the others.
+void Block::wake() {
+  nAwake = 0;
+  polling.insert(polling.end(), sleeping.begin(), sleeping.end());
+  sleeping.clear();
+}
+
 // Who can go on comes before those that poll; in each queue mostly in turn, now and then another one.
 Thread *Block::pick() {
+  if (++nAwake > 16 * sleeping.size() || (ready.empty() && polling.empty())) wake();
   bool idle = ready.empty() || (++nSteps % 256 == 0 && !polling.empty());
   std::deque<Thread *> &queue = idle ? polling : ready;
   if (queue.empty()) fail("its threads wait for each other for ever");
@@ -191,6 +204,7 @@ void Block::run() {
     resume(*thread);
     if (thread->isOver) continue;
     if (next == kPolls) polling.push_back(thread);
+    if (next == kSleeps) sleeping.push_back(thread);
     if (next == kGoesOn) ready.push_back(thread);
     if (random() % 2 == 0) copies.advance(random);
   }
@@ -275,6 +289,9 @@ void Block::leave(Thread &thread) {
 
 void poll() {
   block->poll();
+}
+void sleep() {
+  block->sleep();
 }
 const uint64_t *meet(Together what, uint32_t mask, uint64_t value, uint32_t *came) {
   return block->meet(what, mask, value, came);

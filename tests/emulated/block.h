@@ -74,6 +74,7 @@ public:
   const uint64_t *meet(Together what, uint32_t mask, uint64_t value, uint32_t *came);
   bool barrier(bool value);
   void poll();
+  void sleep();
   Thread &current() { return *running; }
   BulkCopies &bulk() { return copies; }
 
@@ -87,16 +88,21 @@ private:
   void concludeBarrier();
   Thread *pick();
   void rest();
+  void wake();
 
   const emulatedKernel_t &kernel;
   void *const *arguments;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::deque<Thread *> ready, polling; // polling: it looked at memory and may look in vain again
+  std::vector<Thread *> sleeping;      // as polling, but for longer
   std::vector<Thread *> atBarrier;
   bool barrierValue = false, barrierResult = false;
-  size_t nOver = 0, nIdle = 0, nSteps = 0;         // nIdle: polling threads that went on since the last rest
-  enum { kGoesOn, kWaits, kPolls } next = kGoesOn; // of the running thread, once it has switched away
+  size_t nOver = 0, nSteps = 0;
+  size_t nIdle = 0;  // polling threads that went on since the last rest
+  size_t nAwake = 0; // threads that went on since those that sleep were woken
+  // Of the running thread, once it has switched away.
+  enum { kGoesOn, kWaits, kPolls, kSleeps } next = kGoesOn;
   Thread *running = nullptr;
   BulkCopies copies;
   std::minstd_rand random;

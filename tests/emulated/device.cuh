@@ -170,7 +170,7 @@ inline float __fmul_rn(float a, float b) {
   return a * b;
 }
 inline void __nanosleep(unsigned) {
-  emulated::poll();
+  emulated::sleep();
 }
 inline void __threadfence() {
   __atomic_thread_fence(__ATOMIC_SEQ_CST);

@@ -21,6 +21,8 @@ extern thread_local const Place *place;
 
 // Other threads may go on before this one does: in every look at memory that others write.
 void poll();
+// The same, for longer.
+void sleep();
 
 // What lanes of a warp do together; lanes that meet in different ones are an error.
 enum class Together { kSync, kShuffle, kBallot, kMatch, kReduce };
