@@ -29,8 +29,9 @@
     if (gpuError != cudaSuccess) fail_msg("%s: %s", #call, cudaGetErrorString(gpuError));                    \
   } while (0)
 
-/* For main, before anything asks for devices or loads NCCL: several ranks on one GPU. The caller's own settings
- * stand. threads: of one process, whose streams all run by themselves, for which CUDA looks when it starts. */
+/* For main, before anything asks for devices or loads NCCL: several ranks on one GPU. The caller's own
+ * settings stand. threads: of one process, whose streams all run by themselves, for which CUDA looks when it
+ * starts. */
 static inline void gpu_share(int threads) {
   setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1", 0);
   setenv("NCCL_MAX_CTAS", "4", 0);

@@ -71,7 +71,7 @@ static exchange_t exchange_make(planner_random_t *random, int nRanks, int number
 
 /* Copies to and from pageable memory go through queues that ranks on one device share: a copy out that waits
  * for its rank's kernels, which wait for the other ranks, would hold up one that brings another rank its
- * inputs. So all ranks have their inputs before any begins, and a copy out begins when its kernels are done. */
+ * inputs. So all ranks have their inputs before any begins, and copies out begin when kernels are done. */
 static const char *exchange_device(gpuWorld_t *world, const gpuSide_t *device, gpuData_t *data, bool fused,
                                    cudaStream_t stream) {
   RANK_DO(gpu_device_inputs(device, data, stream));
