@@ -403,7 +403,6 @@ static void test_fresh(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_fresh), cmocka_unit_test(test_away)};
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  GPU_REQUIRE();
   (void)cudaGetDeviceCount(&nDevices);
   return cmocka_run_group_tests_name("gpu_devices", tests, NULL, NULL);
 }

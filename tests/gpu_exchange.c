@@ -150,7 +150,6 @@ int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_two), cmocka_unit_test(test_four),
                                      cmocka_unit_test(test_eight)};
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  GPU_REQUIRE();
   if (argc > 1) nShapes = atoi(argv[1]);
   if (argc > 2) mostTokens = atoi(argv[2]);
   if (argc > 3) cmocka_set_test_filter(argv[3]);

@@ -284,7 +284,6 @@ int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_faults), cmocka_unit_test(test_lanes),
                                      cmocka_unit_test(test_mistakes)};
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  GPU_REQUIRE();
   if (argc > 1) cmocka_set_test_filter(argv[1]);
   return cmocka_run_group_tests_name("gpu_expert_faults", tests, NULL, NULL);
 }

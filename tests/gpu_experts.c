@@ -578,7 +578,6 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_waits),
   };
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  GPU_REQUIRE();
   if (argc > 1) nCases = nLaneRounds = atoi(argv[1]);
   if (argc > 2) cmocka_set_test_filter(argv[2]);
   return cmocka_run_group_tests_name("gpu_experts", tests, NULL, NULL);

@@ -234,7 +234,6 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_eight_mixed),  cmocka_unit_test(test_failing_replays),
   };
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  GPU_REQUIRE();
   if (argc > 1) nRounds = atoi(argv[1]);
   return cmocka_run_group_tests_name("gpu_graph", tests, NULL, NULL);
 }

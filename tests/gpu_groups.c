@@ -400,7 +400,6 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_properties), cmocka_unit_test(test_register_unaligned),
   };
   if (!gpu_world_usable(true)) return GPU_SKIP_CODE;
-  GPU_REQUIRE();
   if (argc > 1) nRounds = atoi(argv[1]);
   return cmocka_run_group_tests_name("gpu_groups", tests, NULL, NULL);
 }

@@ -510,9 +510,8 @@ int main(void) {
   childPid = fork();
   if (childPid == 0) _exit(child_run());
   int failed = GPU_SKIP_CODE;
-  gpu_share(1);
+  if (childPid > 0) hasNccl = gpu_world_usable(true);
   if (childPid > 0 && cudaGetDeviceCount(&nDevices) == cudaSuccess && nDevices > 0) {
-    hasNccl = gpu_world_usable(true);
     /* As a rank's, the mapper's device has a context: peer access to cudaMalloc's memory ends with it. */
     (void)cudaSetDevice(mapper_device());
     (void)cudaFree(NULL);

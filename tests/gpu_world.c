@@ -49,6 +49,11 @@ void gpu_world_sleep_ms(int ms) {
 
 bool gpu_world_usable(bool threads) {
   gpu_share(threads);
+  int nDevices = 0;
+  if (cudaGetDeviceCount(&nDevices) != cudaSuccess || nDevices == 0) {
+    printf("no CUDA device: skipped\n");
+    return false;
+  }
   const struct {
     const char *name;
     void **slot;

@@ -28,9 +28,10 @@ typedef struct gpuWorld {
 /* One rank's part of a test; returns null, or what went wrong. */
 typedef const char *(*gpuWorldRank_t)(gpuWorld_t *world, int rank, void *argument);
 
-/* False, with the reason printed, where NCCL 2.30 or later is not there. threads: several ranks in one
- * process on one device need more hardware queues than CUDA's default; with one rank a process they may be
- * too many. */
+/* What main calls before it asks CUDA anything. False, with the reason printed, where there is no device, or
+ * NCCL 2.30 or later is not there. threads: several ranks in one process on one device need more hardware
+ * queues than CUDA's default, which it looks for when it starts; with one rank a process they may be too
+ * many. */
 bool gpu_world_usable(bool threads);
 /* Null on success, else what went wrong. */
 const char *gpu_world_make(gpuWorld_t *world, int nRanks);
