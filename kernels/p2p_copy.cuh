@@ -171,9 +171,7 @@ __device__ inline void sendPackets(char *units, uint64_t stamp, const char *from
   if (lane == 0) storePair(unitAt(units, 0), stamp | bytes, stamp);
 }
 
-// Copies what has come; true if that is all. By a warp, each lane of which has looked at the unit of its
-// number
-// (`seen`).
+// Copies what has come; true if that is all. By a warp; `seen`: what each lane saw of the unit of its number.
 __device__ inline bool receivePackets(char *units, uint64_t stamp, P2pUnit seen, char *to, uint64_t bytes) {
   uint32_t last = uint32_t((bytes + 7) / 8), lane = threadIdx.x % kWarp;
   bool isAll = true;

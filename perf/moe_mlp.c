@@ -10,15 +10,19 @@ typedef enum {
   MLP_ROWS_GRAD
 } mlpProduct_t;
 
+static bool mlp_is_replica(const moeRank_t *rank, int32_t segment) {
+  return segment >= moe_experts_per_rank(rank);
+}
+
 /* A segment's weights and gradients: the masters' as registered, the replicas' as the synchronisation of
  * weights has named them. */
 static const uint16_t *mlp_weights(const moeRank_t *rank, const moeLayer_t *layer, int tensor,
                                    int32_t segment) {
-  if (segment >= moe_experts_per_rank(rank)) return layer->segments.weights[tensor][segment];
+  if (mlp_is_replica(rank, segment)) return layer->segments.weights[tensor][segment];
   return layer->weights[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
 }
 static float *mlp_grads(const moeRank_t *rank, const moeLayer_t *layer, int tensor, int32_t segment) {
-  if (segment >= moe_experts_per_rank(rank)) return layer->segments.grads[tensor][segment];
+  if (mlp_is_replica(rank, segment)) return layer->segments.grads[tensor][segment];
   return layer->grads[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
 }
 
@@ -33,7 +37,7 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
    * odd. */
   int64_t align = options->bench.alignment, padded = (n + align - 1) / align * align;
   /* What a replica's gradients are added to are zeros, which need not be read. */
-  bool isReplica = segment >= moe_experts_per_rank(rank);
+  bool isReplica = mlp_is_replica(rank, segment);
   const uint16_t *w1 = mlp_weights(rank, layer, 0, segment), *w2 = mlp_weights(rank, layer, 1, segment);
   uint16_t *rows = layer->rows + at * h, *rowsOut = rank->rowsOut + at * h;
   uint16_t *gateUp = layer->gateUp + at * 2 * i, *act = layer->act + at * i,
