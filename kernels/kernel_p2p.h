@@ -58,7 +58,7 @@ extern "C" {
 #define KERNEL_P2P_NO_SLOT 0xffffffffu
 #define KERNEL_P2P_MARK_BITS 28
 #define KERNEL_P2P_MOST_EAGER ((1u << (KERNEL_P2P_MARK_BITS - 2)) - 1)
-#define KERNEL_P2P_MOST_PACKETED 8192 /* they take twice the room, but no fence */
+#define KERNEL_P2P_MOST_PACKETED 1024 /* they take twice the room, but no fence */
 
 typedef struct {
   uint64_t bytes; /* of the send, unless it is in the word */
@@ -100,7 +100,7 @@ typedef struct kernelP2pState kernelP2pState_t; /* device memory, all zero at fi
 
 /* Geometry: the same on all ranks of a communicator. */
 typedef struct {
-  int32_t nRanks, nStages; /* stages of an ordered pair */
+  int32_t nRanks, nStages; /* stages of an ordered pair: 1, 2, 4, 8, .. */
   uint64_t stageBytes;     /* a multiple of 1024 */
   uint64_t eagerBytes;     /* at most stageBytes and KERNEL_P2P_MOST_EAGER */
 } kernelP2pGeometry_t;

@@ -42,14 +42,14 @@ enum P2pForm {
 };
 
 // The last block leaves everything ready for the next kernel.
-__device__ inline void leaveP2p(const P2pContext &c) {
+template <P2pForm kForm> __device__ inline void leaveP2p(const P2pContext &c) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   uint32_t before = 0;
   if (gridDim.x > 1) before = addAcquireReleaseDevice(&c.s.left, 1);
   if (before != gridDim.x - 1) return;
   c.s.left = 0;
-  if (!c.hasFailed()) c.s.lanesOver = 0;
+  if (kForm != kP2pSmall && !c.hasFailed()) c.s.lanesOver = 0;
   storeReleaseDevice64(&c.s.runs, c.s.runs + 1);
 }
 
@@ -75,14 +75,12 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
     if (warp < kP2pMovers)
       moveByBulk(c, pipe, p2pMemory, nStages);
     else
-      mindLanes(c, states, int(blockIdx.x) + (warp - kP2pMovers) * int(gridDim.x),
-                (kP2pWarps - kP2pMovers) * gridDim.x, true, false);
+      mindLanes<true>(c, states, warp - kP2pMovers, kP2pWarps - kP2pMovers, true);
 #endif
   } else {
-    mindLanes(c, states, int(blockIdx.x) + warp * int(gridDim.x), kP2pWarps * gridDim.x, false,
-              kForm == kP2pSmall);
+    mindLanes<kForm != kP2pSmall>(c, states, warp, kP2pWarps, false);
   }
-  leaveP2p(c);
+  leaveP2p<kForm>(c);
 }
 
 constexpr uint64_t kP2pAbortNs = 4000000000; // within which a kernel that runs has seen an abort
@@ -157,8 +155,7 @@ void kernelP2pLayout(const kernelP2pGeometry_t *geometry, kernelP2pLayout_t *lay
   layout->freed = part(nStages * sizeof(uint64_t));
   layout->gone = part(nRanks * sizeof(uint64_t));
   layout->mostPacketed = std::min<uint64_t>(geometry->eagerBytes, KERNEL_P2P_MOST_PACKETED);
-  // Room for a unit a lane at least, as all lanes look.
-  layout->packetRoom = std::max<size_t>(ultraep::kWarp, 1 + (layout->mostPacketed + 7) / 8) * 16;
+  layout->packetRoom = (1 + (layout->mostPacketed + 7) / 8) * 16;
   layout->packets = part(nStages * layout->packetRoom);
   layout->stages = part(nStages * geometry->stageBytes);
   layout->bytes = at;

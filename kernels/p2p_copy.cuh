@@ -1,4 +1,5 @@
-// Copies of sends and receives: by warps through registers, whatever the addresses; and by bulk copies.
+// Copies of sends and receives: by warps through registers, whatever the addresses; and by bulk copies. What
+// is seldom needed is no inline code: a kernel of a few microseconds waits for every line of its own code.
 #ifndef ULTRAEP_P2P_COPY_CUH_
 #define ULTRAEP_P2P_COPY_CUH_
 
@@ -11,6 +12,7 @@ namespace ultraep {
 // ---- by a warp ----
 
 __device__ __forceinline__ void copyBytes(char *to, const char *from, uint64_t bytes) {
+#pragma unroll 1
   for (uint64_t i = threadIdx.x % kWarp; i < bytes; i += kWarp) to[i] = from[i];
 }
 
@@ -68,7 +70,7 @@ __device__ __forceinline__ void copyShiftedBy(char *to, const char *from, uint64
   }
 }
 
-__device__ __forceinline__ void copyShifted(char *to, const char *from, uint64_t bytes) {
+__device__ __noinline__ void copyShifted(char *to, const char *from, uint64_t bytes) {
   uint32_t phase = uint32_t(reinterpret_cast<uintptr_t>(from) % 16), shift = phase % 4 * 8;
   switch (phase / 4) {
   case 0:
@@ -101,35 +103,10 @@ __device__ __noinline__ void copyByWarp(char *to, const char *from, uint64_t byt
 
 // ---- packets ----
 
-// Up to 8 bytes at any address, as a little-endian word.
-__device__ __forceinline__ uint64_t loadWord(const char *from, uint32_t bytes) {
-  uint32_t phase = uint32_t(reinterpret_cast<uintptr_t>(from) % 8);
-  if (bytes == 8 && phase == 0) return *reinterpret_cast<const uint64_t *>(from);
-  if (bytes == 8 && phase == 4) {
-    auto *halves = reinterpret_cast<const uint32_t *>(from);
-    return uint64_t(halves[1]) << 32 | halves[0];
-  }
-  uint64_t value = 0;
-  for (uint32_t i = 0; i < bytes; i++) value |= uint64_t(uint8_t(from[i])) << 8 * i;
-  return value;
-}
-__device__ __forceinline__ void storeWord(char *to, uint64_t value, uint32_t bytes) {
-  uint32_t phase = uint32_t(reinterpret_cast<uintptr_t>(to) % 8);
-  if (bytes == 8 && phase == 0) {
-    *reinterpret_cast<uint64_t *>(to) = value;
-  } else if (bytes == 8 && phase == 4) {
-    auto *halves = reinterpret_cast<uint32_t *>(to);
-    halves[0] = uint32_t(value);
-    halves[1] = uint32_t(value >> 32);
-  } else {
-    for (uint32_t i = 0; i < bytes; i++) to[i] = char(value >> 8 * i);
-  }
-}
-
 // A transfer as packets: each is a word with four bytes below and above, alike in all, a stamp of the pair's
 // transfer that it is, so that it says itself whether it has arrived. Units of two: the first says how many
 // bytes the transfer has, each after that has 8 of them.
-constexpr int kP2pUnitsAtOnce = 4; // of a lane
+constexpr int kP2pLaneUnits = (KERNEL_P2P_MOST_PACKETED / 8 + kWarp - 1) / kWarp; // but the first unit
 
 struct P2pUnit {
   uint64_t first, second;
@@ -144,57 +121,112 @@ __device__ __forceinline__ uint64_t packetStamp(uint64_t number) {
 __device__ __forceinline__ char *unitAt(char *units, uint32_t number) {
   return units + 16 * number;
 }
-__device__ __forceinline__ P2pUnit lookAtUnit(char *units, uint32_t number) {
-  P2pUnit unit;
-  loadPair(unitAt(units, number), unit.first, unit.second);
-  return unit;
+__device__ __forceinline__ uint32_t lastUnit(uint64_t bytes) {
+  return uint32_t(bytes + 7) / 8;
 }
 __device__ __forceinline__ uint32_t bytesOfUnit(uint64_t bytes, uint32_t number) {
   return uint32_t(min(bytes - 8 * uint64_t(number - 1), uint64_t(8)));
 }
 
-// By a warp.
-__device__ inline void sendPackets(char *units, uint64_t stamp, const char *from, uint64_t bytes) {
-  uint32_t last = uint32_t((bytes + 7) / 8), lane = threadIdx.x % kWarp;
+__device__ __forceinline__ void storeUnit(char *units, uint32_t number, uint64_t stamp, uint32_t low,
+                                          uint32_t high) {
+  storePair(unitAt(units, number), stamp | low, stamp | high);
+}
+__device__ __forceinline__ bool isOfWords(const void *at, uint64_t bytes) {
+  return (reinterpret_cast<uintptr_t>(at) | bytes) % 4 == 0;
+}
+
+// As below, of any address and size.
+__device__ __noinline__ void sendOddPackets(char *units, uint64_t stamp, const char *from, uint64_t bytes) {
+  uint32_t last = lastUnit(bytes);
 #pragma unroll 1
-  for (uint32_t first = lane + 1; first <= last; first += kP2pUnitsAtOnce * kWarp) {
-    uint64_t word[kP2pUnitsAtOnce];
+  for (uint32_t at = 1 + threadIdx.x % kWarp; at <= last; at += kWarp) {
+    uint64_t word = 0;
+#pragma unroll 1
+    for (uint32_t i = 0; i < bytesOfUnit(bytes, at); i++)
+      word |= uint64_t(uint8_t(from[8 * (at - 1) + i])) << 8 * i;
+    storeUnit(units, at, stamp, uint32_t(word), uint32_t(word >> 32));
+  }
+}
+// By a warp: whether all packets of so many bytes are here.
+__device__ __noinline__ bool hasAllPackets(char *units, uint64_t stamp, uint64_t bytes) {
+  uint32_t last = lastUnit(bytes);
+  bool isAll = true;
+#pragma unroll 1
+  for (uint32_t at = 1 + threadIdx.x % kWarp; at <= last; at += kWarp) {
+    P2pUnit unit;
+    loadPair(unitAt(units, at), unit.first, unit.second);
+    isAll = isAll && unit.isOf(stamp);
+  }
+  return __all_sync(kFullWarp, isAll);
+}
+__device__ __noinline__ void copyOddPackets(char *units, char *to, uint64_t bytes) {
+  uint32_t last = lastUnit(bytes);
+#pragma unroll 1
+  for (uint32_t at = 1 + threadIdx.x % kWarp; at <= last; at += kWarp) {
+    P2pUnit unit;
+    loadPair(unitAt(units, at), unit.first, unit.second);
+    uint64_t word = unit.second << 32 | uint32_t(unit.first);
+#pragma unroll 1
+    for (uint32_t i = 0; i < bytesOfUnit(bytes, at); i++) to[8 * (at - 1) + i] = char(word >> 8 * i);
+  }
+}
+
+// By a warp, KERNEL_P2P_MOST_PACKETED bytes at most: memory is far, so all of them at once.
+__device__ inline void sendPackets(char *units, uint64_t stamp, const char *from, uint64_t bytes) {
+  uint32_t nWords = uint32_t(bytes / 4), lane = threadIdx.x % kWarp;
+  if (isOfWords(from, bytes)) {
+    auto *words = reinterpret_cast<const uint32_t *>(from);
+    uint32_t low[kP2pLaneUnits], high[kP2pLaneUnits];
 #pragma unroll
-    for (int i = 0; i < kP2pUnitsAtOnce; i++)
-      if (uint32_t at = first + i * kWarp; at <= last)
-        word[i] = loadWord(from + 8 * (at - 1), bytesOfUnit(bytes, at));
+    for (int i = 0; i < kP2pLaneUnits; i++) {
+      uint32_t at = 2 * (lane + i * kWarp);
+      low[i] = at < nWords ? words[at] : 0;
+      high[i] = at + 1 < nWords ? words[at + 1] : 0;
+    }
 #pragma unroll
-    for (int i = 0; i < kP2pUnitsAtOnce; i++)
-      if (uint32_t at = first + i * kWarp; at <= last)
-        storePair(unitAt(units, at), stamp | uint32_t(word[i]), stamp | word[i] >> 32);
+    for (int i = 0; i < kP2pLaneUnits; i++)
+      if (uint32_t at = lane + i * kWarp; 2 * at < nWords) storeUnit(units, 1 + at, stamp, low[i], high[i]);
+  } else {
+    sendOddPackets(units, stamp, from, bytes);
   }
   if (lane == 0) storePair(unitAt(units, 0), stamp | bytes, stamp);
 }
 
-// Copies what has come; true if that is all. By a warp; `seen`: what each lane saw of the unit of its number.
-__device__ inline bool receivePackets(char *units, uint64_t stamp, P2pUnit seen, char *to, uint64_t bytes) {
-  uint32_t last = uint32_t((bytes + 7) / 8), lane = threadIdx.x % kWarp;
-  bool isAll = true;
-#pragma unroll 1
-  for (uint32_t first = lane; first <= last; first += kP2pUnitsAtOnce * kWarp) {
-    P2pUnit here[kP2pUnitsAtOnce];
+// What a warp sees of a transfer's packets at one look.
+struct P2pPackets {
+  P2pUnit head, mine[kP2pLaneUnits];
+
+  __device__ __forceinline__ void look(char *units, uint64_t bytes) {
+    uint32_t last = lastUnit(bytes), lane = threadIdx.x % kWarp;
+    loadPair(unitAt(units, 0), head.first, head.second);
 #pragma unroll
-    for (int i = 0; i < kP2pUnitsAtOnce; i++) {
-      uint32_t at = first + i * kWarp;
-      here[i] = at >= uint32_t(kWarp) && at <= last ? lookAtUnit(units, at) : seen;
-    }
+    for (int i = 0; i < kP2pLaneUnits; i++)
+      if (uint32_t at = 1 + lane + i * kWarp; at <= last)
+        loadPair(unitAt(units, at), mine[i].first, mine[i].second);
+  }
+  // Whether all of so many bytes are here.
+  __device__ __forceinline__ bool has(uint64_t stamp, uint64_t bytes) const {
+    uint32_t last = lastUnit(bytes), lane = threadIdx.x % kWarp;
+    bool isAll = true;
 #pragma unroll
-    for (int i = 0; i < kP2pUnitsAtOnce; i++) {
-      uint32_t at = first + i * kWarp;
-      if (at == 0 || at > last) continue;
-      bool isHere = here[i].isOf(stamp);
-      uint64_t word = here[i].second << 32 | uint32_t(here[i].first);
-      if (isHere) storeWord(to + 8 * (at - 1), word, bytesOfUnit(bytes, at));
-      isAll = isAll && isHere;
+    for (int i = 0; i < kP2pLaneUnits; i++)
+      if (1 + lane + i * kWarp <= last) isAll = isAll && mine[i].isOf(stamp);
+    return __all_sync(kFullWarp, isAll);
+  }
+  // Once they are.
+  __device__ __forceinline__ void copy(char *units, char *to, uint64_t bytes) const {
+    uint32_t nWords = uint32_t(bytes / 4), lane = threadIdx.x % kWarp;
+    if (!isOfWords(to, bytes)) return copyOddPackets(units, to, bytes);
+    auto *words = reinterpret_cast<uint32_t *>(to);
+#pragma unroll
+    for (int i = 0; i < kP2pLaneUnits; i++) {
+      uint32_t at = 2 * (lane + i * kWarp);
+      if (at < nWords) words[at] = uint32_t(mine[i].first);
+      if (at + 1 < nWords) words[at + 1] = uint32_t(mine[i].second);
     }
   }
-  return __all_sync(kFullWarp, isAll);
-}
+};
 
 // Moves a chunk that bulk copies cannot, if there is one.
 __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {

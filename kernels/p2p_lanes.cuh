@@ -7,7 +7,17 @@
 
 namespace ultraep {
 
-struct P2pLane {
+// What a step finds to be moved by jobs.
+struct P2pOpening {
+  bool opens;
+  P2pJobKind kind;
+  char *other; // direct: the receiver's buffer
+  uint64_t bytes;
+};
+
+// kHasJobs: transfers may need any; else each is small enough for a step. Every part of a step is called at
+// one place, as all of them are inline: code, too, has to come from memory.
+template <bool kHasJobs> struct P2pLane {
   const P2pContext &c;
   int index;
   const kernelP2pLane_t lane;
@@ -43,9 +53,11 @@ struct P2pLane {
 
   // ---- jobs ----
 
-  // Opens the lane's job. `other`: the receiver's buffer, where direct. Ends that are no whole sixteens go at
-  // once.
-  __device__ void open(P2pJobKind kind, char *user, char *other, uint64_t bytes, uint64_t firstChunk) const {
+  // Opens the lane's job. Ends that are no whole sixteens go at once.
+  __device__ void open(char *user, const P2pOpening &opening) const {
+    P2pJobKind kind = opening.kind;
+    char *other = opening.other;
+    uint64_t bytes = opening.bytes, firstChunk = state.chunk;
     P2pJob &job = c.s.jobs[index];
     bool byWarps = !hasBulk;
     if (kind == kP2pDirect) {
@@ -122,16 +134,29 @@ struct P2pLane {
 
   // ---- the end of a transfer ----
 
-  __device__ bool over() const {
+  // The lane's last receive is told by the next kernel, which must come before the sender can need it: that
+  // saves this one a fence at its end.
+  __device__ void over() const {
     __syncwarp();
     if (isFirst()) {
       state.step = kP2pBegin;
       state.op++;
       state.number++;
       state.polls = 0;
+      if (lane.isRecv) {
+        state.isOwed = 1;
+        if (!isOver()) {
+          __threadfence_system();
+          tellTaken();
+        }
+      }
     }
     __syncwarp();
-    return true;
+  }
+  __device__ void go(P2pStep step) const {
+    __syncwarp();
+    if (isFirst()) state.step = step;
+    __syncwarp();
   }
   // All lanes' writes before come first.
   __device__ void raiseMark(uint64_t bytes, bool isDirect) const {
@@ -157,11 +182,11 @@ struct P2pLane {
     return n > 0;
   }
   // As packets, or into a stage, where the mark alone says that it is filled.
-  __device__ bool sendEager(const kernelP2pOp_t &x) const {
+  __device__ P2pProgress sendEager(const kernelP2pOp_t &x) const {
     uint64_t chunk = state.chunk;
     auto *from = reinterpret_cast<const char *>(x.address);
     bool isPacketed = x.bytes > 0 && x.bytes <= c.layout.mostPacketed;
-    if (x.bytes > 0 && !hasRoom()) return false;
+    if (x.bytes > 0 && !hasRoom()) return kP2pNone;
     if (isPacketed)
       sendPackets(c.packets(state.peer, c.p.rank, chunk), packetStamp(number()), from, x.bytes);
     else if (x.bytes > 0)
@@ -173,7 +198,7 @@ struct P2pLane {
         storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | x.bytes << 2 | 2);
       if (x.bytes > 0) state.chunk = chunk + 1;
     }
-    return over();
+    return kP2pOver;
   }
   __device__ char *mapped(const kernelP2pPost_t &post) const {
     if (lane.peer == c.p.rank) return reinterpret_cast<char *>(post.address);
@@ -190,61 +215,51 @@ struct P2pLane {
     }
     return reinterpret_cast<char *>(post.address + uint64_t(seen.delta));
   }
-  // The receiver has posted: where it goes.
-  __device__ bool sendPosted(const kernelP2pOp_t &x) const {
+  // Where the receiver has posted it.
+  __device__ P2pProgress sendPosted(const kernelP2pOp_t &x, P2pOpening &opening) const {
     const kernelP2pPost_t *at = c.post(state.own, lane.peer, number());
-    if (seeSystem(&at->number) != number() + 1) return false;
+    if (seeSystem(&at->number) != number() + 1) return kP2pNone;
     const volatile kernelP2pPost_t *seen = at;
     kernelP2pPost_t post = {seen->bytes, seen->address, seen->slot, seen->generation, 0};
-    uint64_t bytes = min(x.bytes, post.bytes);
-    char *user = reinterpret_cast<char *>(x.address), *to = mapped(post);
+    char *to = mapped(post);
+    bool isInPlace = to == reinterpret_cast<char *>(x.address);
     if (isFirst()) state.isDirect = to != nullptr;
-    if (to) {
-      open(kP2pDirect, user, to, bytes, 0);
-    } else {
-      raiseMark(x.bytes, false);
-      open(kP2pStagedSend, user, nullptr, bytes, state.chunk);
-    }
-    return true;
+    if (!to || isInPlace) raiseMark(x.bytes, to);
+    if (isInPlace) return kP2pOver;
+    opening = {true, to ? kP2pDirect : kP2pStagedSend, to, min(x.bytes, post.bytes)};
+    return kP2pSome;
   }
-  __device__ bool sendMoving(const kernelP2pOp_t &x) const {
+  __device__ P2pProgress sendMoving(const kernelP2pOp_t &x) const {
     bool isDirect = state.isDirect;
     bool some = !isDirect && extend(state.chunk);
-    if (!isMoved()) return some;
+    if (!isMoved()) return some ? kP2pSome : kP2pNone;
     close(!isDirect);
     if (isDirect)
       raiseMark(x.bytes, true);
     else if (isFirst())
       state.chunk += (state.bytes + stageBytes() - 1) / stageBytes();
-    return over();
+    return kP2pOver;
   }
-  __device__ bool stepSend() const {
-    kernelP2pOp_t x = op();
-    switch (state.step) {
-    case kP2pBegin:
-      if (number() >= state.over + KERNEL_P2P_RING) {
-        uint64_t over = seeSystem(c.taken(state.own, lane.peer));
-        if (isFirst()) state.over = over;
-        __syncwarp();
-        if (number() >= over + KERNEL_P2P_RING) return false;
-      }
-      if (x.bytes <= eager()) return sendEager(x);
-      __syncwarp();
-      if (isFirst()) state.step = kP2pAwaitPeer;
-      __syncwarp();
-      return sendPosted(x);
-    case kP2pAwaitPeer:
-      return sendPosted(x);
-    default:
-      return sendMoving(x);
+  __device__ bool hasMark() const {
+    if (number() < state.over + KERNEL_P2P_RING) return true;
+    uint64_t over = seeSystem(c.taken(state.own, lane.peer));
+    if (isFirst()) state.over = over;
+    __syncwarp();
+    return number() < over + KERNEL_P2P_RING;
+  }
+  __device__ P2pProgress stepSend(const kernelP2pOp_t &x, P2pOpening &opening) const {
+    if (kHasJobs && state.step == kP2pMoving) return sendMoving(x);
+    if (state.step == kP2pBegin) {
+      if (!hasMark()) return kP2pNone;
+      if (!kHasJobs || x.bytes <= eager()) return sendEager(x);
+      go(kP2pAwaitPeer);
     }
+    return kHasJobs ? sendPosted(x, opening) : kP2pNone;
   }
 
   // ---- receiving ----
 
   __device__ void post(const kernelP2pOp_t &x) const {
-    __syncwarp();
-    if (!isFirst()) return;
     kernelP2pPost_t *at = c.post(state.peer, c.p.rank, number());
     volatile kernelP2pPost_t *to = at;
     to->bytes = x.bytes;
@@ -253,38 +268,16 @@ struct P2pLane {
     to->generation = x.generation;
     storeReleaseSystem(&at->number, number() + 1);
   }
-  // A small receive need not be posted: a sender waits for that only if its own size is large, and so
-  // another.
-  __device__ bool recvBegin(const kernelP2pOp_t &x) const {
-    if (x.bytes > eager()) post(x);
-    __syncwarp();
-    if (isFirst()) state.step = kP2pAwaitPeer;
-    __syncwarp();
-    return recvMarked(x);
-  }
-  __device__ void postLate(const kernelP2pOp_t &x) const {
+  // A small receive is posted late, as it need not be: a sender waits for that only if its own size is large,
+  // and so another.
+  __device__ void postOnce(const kernelP2pOp_t &x) const {
     constexpr int kPolls = 2000;
-    if (x.bytes > eager()) return;
     __syncwarp();
-    int polls = state.polls;
-    __syncwarp();
-    if (polls == kPolls) post(x);
-    if (isFirst() && polls <= kPolls) state.polls = polls + 1;
-    __syncwarp();
-  }
-  // The lane's last transfer is told by the next kernel, which must come before the sender can need it: that
-  // saves this one a fence at its end.
-  __device__ bool received() const {
-    over();
-    if (isFirst()) {
-      state.isOwed = 1;
-      if (!isOver()) {
-        __threadfence_system();
-        tellTaken();
-      }
+    if (isFirst() && state.polls <= kPolls) {
+      if (state.polls == (x.bytes > eager() ? 0 : kPolls)) post(x);
+      state.polls++;
     }
     __syncwarp();
-    return true;
   }
   // Tells the sender of the transfer before the present one, and of its stage, if it had one. By one thread,
   // after a fence.
@@ -294,84 +287,89 @@ struct P2pLane {
     storeRelaxedSystem(c.taken(state.peer, c.p.rank), number());
     state.isOwed = 0;
   }
-  // As packets that have begun to come.
-  __device__ bool recvPackets(const kernelP2pOp_t &x, char *units, P2pUnit seen, uint64_t sent) const {
-    auto *to = reinterpret_cast<char *>(x.address);
-    if (!receivePackets(units, packetStamp(number()), seen, to, min(sent, x.bytes))) return false;
-    if (isFirst()) {
-      if (sent != x.bytes) c.tellSizes(lane.peer, sent, x.bytes);
-      state.chunk++;
-    }
-    return received();
-  }
   // The sender has begun, or, where it goes directly, ended. Packets and the mark are looked at together.
-  __device__ bool recvMarked(const kernelP2pOp_t &x) const {
+  __device__ P2pProgress recvMarked(const kernelP2pOp_t &x, P2pOpening &opening) const {
     const kernelP2pMark_t *at = c.mark(state.own, lane.peer, number());
     char *units = c.packets(state.own, lane.peer, state.chunk);
-    P2pUnit seen = lookAtUnit(units, threadIdx.x % kWarp);
-    uint64_t word = seeSystem(&at->number), head = __shfl_sync(kFullWarp, seen.first, 0);
-    if ((head ^ packetStamp(number())) >> 32 == 0) return recvPackets(x, units, seen, uint32_t(head));
-    if (word >> KERNEL_P2P_MARK_BITS != number() + 1) {
-      postLate(x);
-      return false;
-    }
+    uint64_t stamp = packetStamp(number()), most = c.layout.mostPacketed;
+    P2pPackets packets;
+    packets.look(units, x.bytes <= most ? x.bytes : 0);
+    uint64_t word = seeSystem(&at->number), head = __shfl_sync(kFullWarp, packets.head.first, 0);
+    bool isPacketed = (head ^ stamp) >> 32 == 0;
+    if (!isPacketed && word >> KERNEL_P2P_MARK_BITS != number() + 1) return kP2pNone;
     bool isEager = word & 2;
-    uint64_t sent = isEager ? (word >> 2) & KERNEL_P2P_MOST_EAGER
-                            : *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
-    if (sent != x.bytes && isFirst()) c.tellSizes(lane.peer, sent, x.bytes);
-    if (word & 1) return received();
-    uint64_t bytes = isEager ? sent : min(sent, x.bytes); // that come
-    if (bytes == 0) return received();
-    if (bytes > stageBytes()) {
-      open(kP2pStagedRecv, reinterpret_cast<char *>(x.address), nullptr, bytes, state.chunk);
-      return true;
+    uint64_t sent = isPacketed ? uint32_t(head)
+                    : isEager  ? (word >> 2) & KERNEL_P2P_MOST_EAGER
+                               : *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
+    uint64_t bytes = min(sent, x.bytes);
+    if (isPacketed) {
+      if (x.bytes <= most) {
+        if (!packets.has(stamp, bytes)) return kP2pNone;
+        packets.copy(units, reinterpret_cast<char *>(x.address), bytes);
+      } else { // it ought to have been larger
+        if (!hasAllPackets(units, stamp, bytes)) return kP2pNone;
+        copyOddPackets(units, reinterpret_cast<char *>(x.address), bytes);
+      }
     }
     __syncwarp();
     if (isFirst()) {
-      state.bytes = min(bytes, x.bytes);
-      state.step = kP2pAwaitStage;
-      state.isDirect = isEager; // it is there already
+      if (sent != x.bytes) c.tellSizes(lane.peer, sent, x.bytes);
+      if (isPacketed) state.chunk++;
     }
     __syncwarp();
-    return recvStage(x);
+    if (isPacketed || word & 1) return kP2pOver;
+    if (!isEager && bytes > stageBytes()) { // only of large receives
+      opening = {true, kP2pStagedRecv, nullptr, bytes};
+      return kP2pSome;
+    }
+    if ((isEager ? sent : bytes) == 0) return kP2pOver;
+    if (isFirst()) {
+      state.bytes = bytes;
+      state.isDirect = isEager; // it is there already
+    }
+    go(kP2pAwaitStage);
+    return kP2pSome;
   }
-  __device__ bool recvStage(const kernelP2pOp_t &x) const {
+  __device__ P2pProgress recvStage(const kernelP2pOp_t &x) const {
     uint64_t chunk = state.chunk;
-    if (!state.isDirect && seeSystem(c.arrived(state.own, lane.peer, chunk)) != chunk + 1) return false;
+    if (!state.isDirect && seeSystem(c.arrived(state.own, lane.peer, chunk)) != chunk + 1) return kP2pNone;
     copyByWarp(reinterpret_cast<char *>(x.address), c.stage(state.own, lane.peer, chunk), state.bytes);
     __syncwarp();
     if (isFirst()) state.chunk = chunk + 1;
-    return received();
+    return kP2pOver;
   }
-  __device__ bool recvMoving() const {
+  __device__ P2pProgress recvMoving() const {
     bool some = extend(state.chunk);
-    if (!isMoved()) return some;
+    if (!isMoved()) return some ? kP2pSome : kP2pNone;
     close(true);
     __syncwarp();
     if (isFirst()) state.chunk += (state.bytes + stageBytes() - 1) / stageBytes();
-    return received();
+    return kP2pOver;
   }
-  __device__ bool stepRecv() const {
-    kernelP2pOp_t x = op();
-    switch (state.step) {
-    case kP2pBegin:
-      return recvBegin(x);
-    case kP2pAwaitPeer:
-      return recvMarked(x);
-    case kP2pMoving:
-      return recvMoving();
-    default:
-      return recvStage(x);
+  __device__ P2pProgress stepRecv(const kernelP2pOp_t &x, P2pOpening &opening) const {
+    if (kHasJobs && state.step == kP2pMoving) return recvMoving();
+    if (state.step == kP2pBegin) {
+      postOnce(x);
+      P2pProgress progress = recvMarked(x, opening);
+      if (state.step == kP2pBegin) return progress;
     }
+    return recvStage(x);
   }
 
   // ---- the lane ----
 
   __device__ bool isOver() const { return state.op == lane.n; }
   // One step; true if something has changed.
-  __device__ bool step() const { return lane.isRecv ? stepRecv() : stepSend(); }
-  // After the last transfer: counted for the next kernel. alone: nobody else waits for the lane.
-  __device__ void finish(bool alone) const {
+  __device__ bool step() const {
+    kernelP2pOp_t x = op();
+    P2pOpening opening = {};
+    P2pProgress progress = lane.isRecv ? stepRecv(x, opening) : stepSend(x, opening);
+    if (kHasJobs && opening.opens) open(reinterpret_cast<char *>(x.address), opening);
+    if (progress == kP2pOver) over();
+    return progress != kP2pNone;
+  }
+  // After the last transfer: counted for the next kernel.
+  __device__ void finish() const {
     __syncwarp();
     if (!isFirst()) return;
     (lane.isRecv ? c.s.received : c.s.sent)[lane.peer] = state.number;
@@ -382,7 +380,7 @@ struct P2pLane {
       c.s.room[lane.peer] = state.room;
       c.s.over[lane.peer] = state.over;
     }
-    if (alone) return;
+    if (!kHasJobs) return; // nobody else waits for the lane
     __threadfence();
     atomicAdd(&c.s.lanesOver, 1u);
   }
@@ -404,37 +402,42 @@ struct P2pClock {
   }
 };
 
-// Looks after lanes first, first + stride, ..., and moves what bulk copies cannot, until all lanes of the
-// kernel are over; without movers (alone) until its own are.
-__device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int first, int stride,
-                                 bool hasBulk, bool alone) {
+// Looks after the block's lanes `warp`, warp + nWarps, .. (its lane k is the kernel's blockIdx.x + k *
+// gridDim.x), and moves what bulk copies cannot, until all lanes of the kernel are over; without jobs until
+// its own are.
+template <bool kHasJobs>
+__device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int warp, int nWarps,
+                                 bool hasBulk) {
   constexpr int kPolls = 256; // between looks
   P2pClock clock;
   uint32_t isDone = 0; // of up to 32 lanes
-  int nMine = first < c.nLanes ? (c.nLanes - first + stride - 1) / stride : 0, nOver = 0;
+  int nMine = 0, nOver = 0;
   auto laneOf = [&](int i) {
-    int number = first + i * stride;
-    return P2pLane(c, number, states[number / int(gridDim.x)], hasBulk);
+    int k = warp + i * nWarps;
+    return P2pLane<kHasJobs>(c, int(blockIdx.x) + k * int(gridDim.x), states[k], hasBulk);
   };
   bool hasFailed = c.hasFailed();
-  for (int i = 0; i < nMine; i++) laneOf(i).begin();
+#pragma unroll 1
+  for (int k = warp; int(blockIdx.x) + k * int(gridDim.x) < c.nLanes; k += nWarps) laneOf(nMine++).begin();
   if (__any_sync(kFullWarp, hasFailed)) return;
+#pragma unroll 1
   for (int polls = 1;; polls++) {
     bool some = false;
     int32_t waited = -1;
+#pragma unroll 1
     for (int i = 0; i < nMine; i++) {
       if (isDone >> i & 1) continue;
       P2pLane lane = laneOf(i);
       waited = lane.lane.peer;
       some |= lane.step();
       if (!lane.isOver()) continue;
-      lane.finish(alone);
+      lane.finish();
       isDone |= 1u << i;
       nOver++;
     }
-    if (alone && nOver == nMine) return;
+    if (!kHasJobs && nOver == nMine) return;
     if (__any_sync(kFullWarp, polls % 16 == 0 && c.hasFailed())) return;
-    if (!alone) {
+    if constexpr (kHasJobs) {
       bool over = *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes);
       if (__any_sync(kFullWarp, over)) return;
       bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;

@@ -39,6 +39,7 @@ constexpr uint64_t kP2pOffsetMask = (uint64_t(1) << kP2pOffsetBits) - 1;
 constexpr uint64_t kP2pBeyond = uint64_t(1) << (kP2pOffsetBits - 1);
 
 enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
+enum P2pProgress { kP2pNone, kP2pSome, kP2pOver }; // of a step: over is the transfer
 
 // Of the warp that looks after the lane, in its block's shared memory.
 struct P2pLaneState {
@@ -75,6 +76,26 @@ struct kernelP2pState {
 
 namespace ultraep {
 
+// The first failure stands. By one thread.
+__device__ __noinline__ void failP2p(int32_t *failed, kernelP2pFailure_t *host, int32_t code, int32_t peer) {
+  if (atomicCAS(failed, 0, code) != 0) return;
+  volatile kernelP2pFailure_t *failure = host;
+  failure->peer = peer;
+  __threadfence_system();
+  failure->code = code;
+}
+// Sizes of a transfer's two ends differ: told once, and everything goes on.
+__device__ __noinline__ void tellP2pSizes(kernelP2pFailure_t *host, int32_t peer, uint64_t sent,
+                                          uint64_t expected) {
+  volatile kernelP2pFailure_t *failure = host;
+  if (failure->code != 0) return;
+  failure->peer = peer;
+  failure->sent = sent;
+  failure->expected = expected;
+  __threadfence_system();
+  failure->code = kInvalidUsage;
+}
+
 // Everything a part of the kernel needs. Lanes and ops may lie in the kernel's argument.
 struct P2pContext {
   const kernelP2p_t &p;
@@ -85,6 +106,10 @@ struct P2pContext {
   kernelP2pState_t &s;
 
   __device__ uint64_t stages() const { return uint64_t(p.geometry.nStages); }
+  // Of the chunk among all stages in a window.
+  __device__ size_t stageOf(int from, uint64_t chunk) const {
+    return size_t(from) * stages() + (chunk & (stages() - 1));
+  }
   template <typename T> __device__ T *at(char *window, size_t offset, size_t index) const {
     return reinterpret_cast<T *>(window + offset) + index;
   }
@@ -102,37 +127,23 @@ struct P2pContext {
   }
   __device__ uint64_t *gone(char *window, int from) const { return at<uint64_t>(window, layout.gone, from); }
   __device__ uint64_t *arrived(char *window, int from, uint64_t chunk) const {
-    return at<uint64_t>(window, layout.arrived, from * stages() + chunk % stages());
+    return at<uint64_t>(window, layout.arrived, stageOf(from, chunk));
   }
   __device__ uint64_t *freed(char *window, int from, uint64_t chunk) const {
-    return at<uint64_t>(window, layout.freed, from * stages() + chunk % stages());
+    return at<uint64_t>(window, layout.freed, stageOf(from, chunk));
   }
   __device__ char *stage(char *window, int from, uint64_t chunk) const {
-    return window + layout.stages + (from * stages() + chunk % stages()) * p.geometry.stageBytes;
+    return window + layout.stages + stageOf(from, chunk) * p.geometry.stageBytes;
   }
 
   __device__ char *packets(char *window, int from, uint64_t chunk) const {
-    return window + layout.packets + (from * stages() + chunk % stages()) * layout.packetRoom;
+    return window + layout.packets + stageOf(from, chunk) * layout.packetRoom;
   }
 
   __device__ bool hasFailed() const { return *reinterpret_cast<volatile int32_t *>(&s.failed) != 0; }
-  // The first failure stands. By one thread.
-  __device__ void fail(int32_t code, int32_t peer) const {
-    if (atomicCAS(&s.failed, 0, code) != 0) return;
-    volatile kernelP2pFailure_t *failure = p.failure;
-    failure->peer = peer;
-    __threadfence_system();
-    failure->code = code;
-  }
-  // Sizes of a transfer's two ends differ: told once, and everything goes on.
+  __device__ void fail(int32_t code, int32_t peer) const { failP2p(&s.failed, p.failure, code, peer); }
   __device__ void tellSizes(int32_t peer, uint64_t sent, uint64_t expected) const {
-    volatile kernelP2pFailure_t *failure = p.failure;
-    if (failure->code != 0) return;
-    failure->peer = peer;
-    failure->sent = sent;
-    failure->expected = expected;
-    __threadfence_system();
-    failure->code = kInvalidUsage;
+    tellP2pSizes(p.failure, peer, sent, expected);
   }
 };
 
@@ -244,11 +255,13 @@ __device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
 __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool byWarp, uint32_t most,
                                     P2pChunk &chunk, bool *isOver) {
   int lane = threadIdx.x % kWarp, best = -1;
-  bool sawOver = isKernelOver(c); // on its way while jobs are looked at
+  int shift = int(blockIdx.x) % c.nLanes; // blocks that find jobs alike begin with different ones
+  bool sawOver = isKernelOver(c);         // on its way while jobs are looked at
   uint64_t bestLeft = 0;
   uint32_t allLeft = 0; // in KiB; as much as a word holds will do
+#pragma unroll 1
   for (int j = lane; j < c.nLanes; j += kWarp) {
-    int i = (j + int(blockIdx.x)) % c.nLanes; // blocks that find jobs alike begin with different ones
+    int i = j + shift < c.nLanes ? j + shift : j + shift - c.nLanes;
     uint64_t left = lookAtJob(c, c.s.jobs[i], byWarp);
     allLeft += uint32_t(min(left >> 10, uint64_t(0x3ffff)));
     if (left > bestLeft) {
@@ -261,6 +274,7 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
   bool isMine = false;
   chunk = {};
   *isOver = __any_sync(kFullWarp, sawOver);
+#pragma unroll 1
   for (uint32_t n = 0; n < most && !*isOver; n++) {
     uint32_t largest = warpMax(isMine ? 0 : key);
     if (largest < least) break;

@@ -197,6 +197,7 @@ static kernelP2pGeometry_t comm_geometry(const settings_t *settings, int nRanks)
                                   .stageBytes = (uint64_t)settings->p2pStageKb * 1024,
                                   .eagerBytes = (uint64_t)settings->p2pEagerKb * 1024};
 
+  while (geometry.nStages & (geometry.nStages - 1)) geometry.nStages &= geometry.nStages - 1;
   if (geometry.eagerBytes > geometry.stageBytes) geometry.eagerBytes = geometry.stageBytes;
   if (geometry.eagerBytes > KERNEL_P2P_MOST_EAGER) geometry.eagerBytes = KERNEL_P2P_MOST_EAGER;
   return geometry;

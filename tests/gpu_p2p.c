@@ -170,7 +170,7 @@ static void check_random(int nRanks) {
   for (int world = 0; world < 5; world++) {
     bool portable = world == 4;
     uint64_t stageBytes = (uint64_t)1024 << planner_random_below(&random, 7);
-    int nBlocks = blocks[portable ? 2 : world], nStages = 1 + planner_random_below(&random, 8);
+    int nBlocks = blocks[portable ? 2 : world], nStages = 1 << planner_random_below(&random, 4);
     uint64_t eager = planner_random_below(&random, 3) ? stageBytes / 2 : 0;
     test_begin(nRanks, nBlocks, stageBytes, nStages, eager, portable);
     for (int i = 0; i < (nGroups + 4) / 5; i++) {
@@ -247,7 +247,7 @@ static void test_sizes(void **state) {
   for (size_t i = 0; i < 2 * sizeof(sizes) / sizeof(sizes[0]); i++) {
     planner_random_t random = {i};
     const uint64_t *size = sizes[i / 2];
-    test_begin(2, 2, 16384, 3, 8192, false);
+    test_begin(2, 2, 16384, 4, 8192, false);
     test.n = 0;
     memset(test.used, 0, sizeof(test.used));
     test_add(&random, 0, 1, 400000, i % 2);
