@@ -61,19 +61,20 @@ extern "C" {
 #define KERNEL_P2P_MOST_PACKETED 1024 /* they take twice the room, but no fence */
 
 typedef struct {
-  uint64_t bytes; /* of the send, unless it is in the word */
-  /* (transfer number + 1) << KERNEL_P2P_MARK_BITS, plus 1 when direct; or, of at most eagerBytes, plus 2 and
-   * bytes
-   * << 2: such a transfer is in its stage. Written last. */
+  uint64_t bytes; /* of the send, unless the word tells */
+  /* (transfer number + 1) << KERNEL_P2P_MARK_BITS, plus 1 when direct, and then plus 4 when it has as many
+   * bytes as were posted; or, of at most eagerBytes, plus 2 and bytes << 2: such a transfer is in its stage.
+   * Written last. */
   uint64_t number;
 } kernelP2pMark_t;
 
+/* A post as packets: four bytes each, beside a stamp of the transfer's number plus 1. All eight are one post
+ * if they have that stamp and the eighth has the rest of the number, so that no flag has to come after them.
+ */
 typedef struct {
-  uint64_t bytes;   /* of the receive */
-  uint64_t address; /* of its buffer, in the receiver */
-  uint32_t slot;    /* of the allocation that it lies in; KERNEL_P2P_NO_SLOT: not shared */
-  uint32_t generation;
-  uint64_t number; /* transfer number + 1; written last */
+  uint64_t words[8]; /* bytes of the receive, low and high; address of its buffer in the receiver, low and
+                        high; slot of the allocation that it lies in (KERNEL_P2P_NO_SLOT: not shared); the
+                        slot's generation; 0; the number's high half */
 } kernelP2pPost_t;
 
 /* Where a peer's allocation is mapped here: address + delta. In host memory mapped to the device, [R][SLOTS];
@@ -101,7 +102,7 @@ typedef struct kernelP2pState kernelP2pState_t; /* device memory, all zero at fi
 /* Geometry: the same on all ranks of a communicator. */
 typedef struct {
   int32_t nRanks, nStages; /* stages of an ordered pair: 1, 2, 4, 8, .. */
-  uint64_t stageBytes;     /* a multiple of 1024 */
+  uint64_t stageBytes;     /* a power of two, 1024 at least */
   uint64_t eagerBytes;     /* at most stageBytes and KERNEL_P2P_MOST_EAGER */
 } kernelP2pGeometry_t;
 

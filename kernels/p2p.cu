@@ -42,15 +42,15 @@ enum P2pForm {
 };
 
 // The last block leaves everything ready for the next kernel.
-template <P2pForm kForm> __device__ inline void leaveP2p(const P2pContext &c) {
+__device__ inline void leaveP2p(const P2pContext &c) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   uint32_t before = 0;
   if (gridDim.x > 1) before = addAcquireReleaseDevice(&c.s.left, 1);
   if (before != gridDim.x - 1) return;
   c.s.left = 0;
-  if (kForm != kP2pSmall && !c.hasFailed()) c.s.lanesOver = 0;
-  storeReleaseDevice64(&c.s.runs, c.s.runs + 1);
+  c.s.lanesOver = 0;
+  addReleaseDevice64(&c.s.runs, 1);
 }
 
 template <P2pForm kForm, typename Where>
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
   } else {
     mindLanes<kForm != kP2pSmall>(c, states, warp, kP2pWarps, false);
   }
-  leaveP2p<kForm>(c);
+  leaveP2p(c);
 }
 
 constexpr uint64_t kP2pAbortNs = 4000000000; // within which a kernel that runs has seen an abort

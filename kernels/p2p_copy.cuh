@@ -242,7 +242,8 @@ __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
   __syncwarp(); // what the winner has acquired, all have
   copyByWarp(to, from, bytes);
   __syncwarp();
-  if (int(threadIdx.x % kWarp) == winner) finishChunk(mine.job, mine.flag, mine.flagValue, mine.bytes);
+  if (int(threadIdx.x % kWarp) == winner)
+    finishChunk(mine.job, mine.flag, mine.flagValue, mine.all, mine.bytes);
   return true;
 }
 
@@ -261,7 +262,7 @@ struct P2pTile {
   uint32_t lead; // bytes in the stage before the tile's
   P2pJob *job;   // of the chunk that ends with this tile; null: it does not
   uint64_t *flag;
-  uint64_t flagValue, chunkBytes;
+  uint64_t flagValue, all, chunkBytes;
 };
 
 struct P2pPipe {
@@ -314,8 +315,8 @@ __device__ inline void loadChunk(const P2pChunk &chunk, P2pPipe &pipe, char *buf
     }
     uint32_t stage = loaded % nStages;
     bool isLast = at + bytes == chunk.bytes;
-    pipe.tile[stage] = {chunk.to + at, bytes,           lead,       isLast ? chunk.job : nullptr,
-                        chunk.flag,    chunk.flagValue, chunk.bytes};
+    pipe.tile[stage] = {chunk.to + at, bytes,           lead,      isLast ? chunk.job : nullptr,
+                        chunk.flag,    chunk.flagValue, chunk.all, chunk.bytes};
     bulkLoad(buffers + stage * kP2pStageRoom, chunk.from + at - lead, bytes + lead, &pipe.full[stage]);
     storeReleaseBlock(&pipe.nLoaded, loaded + 1);
     at += bytes;
@@ -357,7 +358,7 @@ __device__ inline void storeTiles(P2pPipe &pipe, const char *buffers, uint32_t n
       storeReleaseBlock(&pipe.nFreed, stored);
       if (ended.job) {
         bulkWaitWritten<1>();
-        finishChunk(ended.job, ended.flag, ended.flagValue, ended.chunkBytes);
+        finishChunk(ended.job, ended.flag, ended.flagValue, ended.all, ended.chunkBytes);
       }
       ended = tile;
       stored++;
@@ -366,7 +367,7 @@ __device__ inline void storeTiles(P2pPipe &pipe, const char *buffers, uint32_t n
       storeReleaseBlock(&pipe.nFreed, stored);
     } else if (ended.job) {
       bulkWaitWritten<0>();
-      finishChunk(ended.job, ended.flag, ended.flagValue, ended.chunkBytes);
+      finishChunk(ended.job, ended.flag, ended.flagValue, ended.all, ended.chunkBytes);
       ended.job = nullptr;
     } else if (isAll && stored == loadAcquireBlock(&pipe.nLoaded)) {
       break;

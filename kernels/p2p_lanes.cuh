@@ -13,6 +13,7 @@ struct P2pOpening {
   P2pJobKind kind;
   char *other; // direct: the receiver's buffer
   uint64_t bytes;
+  uint64_t markWord; // direct
 };
 
 // kHasJobs: transfers may need any; else each is small enough for a step. Every part of a step is called at
@@ -38,7 +39,7 @@ template <bool kHasJobs> struct P2pLane {
       found.own = c.p.windows[c.p.rank];
       found.peer = c.p.windows[lane.peer];
       found.isOwed = lane.isRecv ? c.s.isOwed[lane.peer] : 0;
-      found.generation = c.s.jobs[index].generation;
+      found.generation = c.s.jobs[index].bytes >> kP2pOffsetBits;
       state = found;
       if (found.isOwed) tellTaken(); // what it tells of came before this kernel
     }
@@ -76,17 +77,16 @@ template <bool kHasJobs> struct P2pLane {
     }
     __syncwarp();
     if (isFirst()) {
-      bool forWarps = byWarps || (kind != kP2pDirect && bytes % 16 != 0);
-      uint64_t generation = state.generation + 1, word = generation << kP2pOffsetBits;
-      bool isDirect = kind == kP2pDirect;
-      state.generation = job.generation = generation;
+      bool isDirect = kind == kP2pDirect, forWarps = byWarps || (!isDirect && bytes % 16 != 0);
+      uint64_t word = (state.generation + 1) << kP2pOffsetBits;
       job.limit = 0;
-      fenceDevice();
-      job.bytes = bytes;
+      job.bytes = word | bytes;
       job.done = 0;
       job.user = user;
       job.other = other;
       job.firstChunk = firstChunk;
+      job.mark = raisesMark(isDirect, bytes) ? &c.mark(state.peer, c.p.rank, number())->number : nullptr;
+      job.markWord = opening.markWord;
       job.kind = kind;
       job.peer = lane.peer;
       job.byWarps = byWarps;
@@ -94,19 +94,27 @@ template <bool kHasJobs> struct P2pLane {
       storeRelaxedDevice64(&job.bulk, isDirect && !byWarps ? word : word | kP2pBeyond);
       storeRelaxedDevice64(&job.warps, isDirect && byWarps ? word : word | kP2pBeyond);
       storeRelaxedDevice64(&job.staged, isDirect ? word | kP2pBeyond : word);
+      state.generation++;
       state.bytes = bytes;
       state.chunks = 0;
+      state.forWarps = forWarps;
       state.step = kP2pMoving;
       if (forWarps) atomicAdd(&c.s.nWarpJobs, 1u);
-      if (kind == kP2pDirect) storeReleaseDevice64(&job.limit, bytes);
+      state.markWord = isDirect && !job.mark ? opening.markWord : 0;
     }
     __syncwarp();
+  }
+
+  // Whether the last mover raises a direct transfer's mark: that is sooner, but each has to wait for the
+  // count.
+  __device__ static bool raisesMark(bool isDirect, uint64_t bytes) {
+    return isDirect && bytes > 0 && bytes <= 4 * kP2pLeastChunk;
   }
 
   // Lets chunks of a staged job be taken whose stages are free, or have arrived. True if there are more now.
   __device__ bool extend(uint64_t firstChunk) const {
     P2pJob &job = c.s.jobs[index];
-    uint64_t all = (state.bytes + stageBytes() - 1) / stageBytes(), mine = state.chunks + threadIdx.x % kWarp;
+    uint64_t all = c.stagesOf(state.bytes), mine = state.chunks + threadIdx.x % kWarp;
     bool may = mine < all && (lane.isRecv ? hasArrived(firstChunk + mine) : isFree(firstChunk + mine));
     int more = __ffs(~__ballot_sync(kFullWarp, may)) - 1;
     if (more < 0) more = kWarp;
@@ -114,7 +122,7 @@ template <bool kHasJobs> struct P2pLane {
     __syncwarp();
     if (isFirst()) {
       state.chunks += uint64_t(more);
-      storeReleaseDevice64(&job.limit, min(state.bytes, state.chunks * stageBytes()));
+      storeReleaseDevice64(&job.limit, min(state.bytes, state.chunks << c.stageShift()));
     }
     __syncwarp();
     return true;
@@ -126,10 +134,8 @@ template <bool kHasJobs> struct P2pLane {
     return loadAcquireSystem(c.arrived(state.own, lane.peer, chunk)) == chunk + 1;
   }
   __device__ bool isMoved() const { return seeDevice(&c.s.jobs[index].done) == state.bytes; }
-  __device__ void close(bool isStaged) const {
-    const P2pJob &job = c.s.jobs[index];
-    bool forWarps = job.byWarps || (isStaged && job.bytes % 16 != 0);
-    if (isFirst() && forWarps) atomicSub(&c.s.nWarpJobs, 1u);
+  __device__ void close() const {
+    if (isFirst() && state.forWarps) atomicSub(&c.s.nWarpJobs, 1u);
   }
 
   // ---- the end of a transfer ----
@@ -158,13 +164,14 @@ template <bool kHasJobs> struct P2pLane {
     if (isFirst()) state.step = step;
     __syncwarp();
   }
-  // All lanes' writes before come first.
-  __device__ void raiseMark(uint64_t bytes, bool isDirect) const {
-    __syncwarp();
-    if (!isFirst()) return;
+  // What a mark says of a transfer that was posted, whose number of bytes goes there if the word does not
+  // tell.
+  __device__ uint64_t markOf(uint64_t bytes, uint64_t posted, bool isDirect) const {
+    uint64_t word = (number() + 1) << KERNEL_P2P_MARK_BITS;
+    if (isDirect && bytes == posted) return word | 5;
     kernelP2pMark_t *mark = c.mark(state.peer, c.p.rank, number());
-    *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = bytes;
-    storeReleaseSystem(&mark->number, (number() + 1) << KERNEL_P2P_MARK_BITS | uint64_t(isDirect));
+    if (isFirst()) *reinterpret_cast<volatile uint64_t *>(&mark->bytes) = bytes;
+    return word | uint64_t(isDirect);
   }
 
   // ---- sending ----
@@ -200,44 +207,57 @@ template <bool kHasJobs> struct P2pLane {
     }
     return kP2pOver;
   }
-  __device__ char *mapped(const kernelP2pPost_t &post) const {
-    if (lane.peer == c.p.rank) return reinterpret_cast<char *>(post.address);
-    if (post.slot >= KERNEL_P2P_SLOTS) return nullptr;
-    const kernelP2pMap_t *map = c.p.maps + size_t(lane.peer) * KERNEL_P2P_SLOTS + post.slot;
-    kernelP2pMap_t *at = &c.s.maps[lane.peer][post.slot], seen; // the host's memory is far
+  __device__ char *mapped(uint64_t address, uint32_t slot, uint32_t generation) const {
+    if (lane.peer == c.p.rank) return reinterpret_cast<char *>(address);
+    if (slot >= KERNEL_P2P_SLOTS) return nullptr;
+    const kernelP2pMap_t *map = c.p.maps + size_t(lane.peer) * KERNEL_P2P_SLOTS + slot;
+    kernelP2pMap_t *at = &c.s.maps[lane.peer][slot], seen; // the host's memory is far
     __syncwarp();
     seen = *at;
-    if (seen.generation != post.generation) {
-      if (seeSystem(&map->generation) != post.generation) return nullptr;
-      seen = {post.generation, int64_t(seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)))};
+    if (seen.generation != generation) {
+      if (seeSystem(&map->generation) != generation) return nullptr;
+      seen = {generation, int64_t(seeSystem(reinterpret_cast<const uint64_t *>(&map->delta)))};
       if (isFirst()) *at = seen;
       __syncwarp();
     }
-    return reinterpret_cast<char *>(post.address + uint64_t(seen.delta));
+    return reinterpret_cast<char *>(address + uint64_t(seen.delta));
   }
   // Where the receiver has posted it.
   __device__ P2pProgress sendPosted(const kernelP2pOp_t &x, P2pOpening &opening) const {
-    const kernelP2pPost_t *at = c.post(state.own, lane.peer, number());
-    if (seeSystem(&at->number) != number() + 1) return kP2pNone;
-    const volatile kernelP2pPost_t *seen = at;
-    kernelP2pPost_t post = {seen->bytes, seen->address, seen->slot, seen->generation, 0};
-    char *to = mapped(post);
+    char *units = c.post(state.own, lane.peer, number());
+    uint64_t stamp = (number() + 1) << 32;
+    P2pUnit seen = {};
+    if (threadIdx.x % kWarp < 4) loadPair(unitAt(units, threadIdx.x % kWarp), seen.first, seen.second);
+    auto half = [&](uint64_t word, int lane) { return __shfl_sync(kFullWarp, uint32_t(word), lane); };
+    auto whole = [&](int lane) { return uint64_t(half(seen.second, lane)) << 32 | half(seen.first, lane); };
+    unsigned here = __ballot_sync(kFullWarp, threadIdx.x % kWarp >= 4 || seen.isOf(stamp));
+    bool isThis = half(seen.second, 3) == uint32_t((number() + 1) >> 32);
+    if (here != kFullWarp || !isThis) return kP2pNone;
+    uint64_t posted = whole(0), address = whole(1);
+    char *to = mapped(address, half(seen.first, 2), half(seen.second, 2));
     bool isInPlace = to == reinterpret_cast<char *>(x.address);
-    if (isFirst()) state.isDirect = to != nullptr;
-    if (!to || isInPlace) raiseMark(x.bytes, to);
+    uint64_t word = markOf(x.bytes, posted, to);
+    __syncwarp();
+    if (isFirst()) {
+      state.isDirect = to != nullptr;
+      if (!to || isInPlace) storeReleaseSystem(&c.mark(state.peer, c.p.rank, number())->number, word);
+    }
+    __syncwarp();
     if (isInPlace) return kP2pOver;
-    opening = {true, to ? kP2pDirect : kP2pStagedSend, to, min(x.bytes, post.bytes)};
+    opening = {true, to ? kP2pDirect : kP2pStagedSend, to, min(x.bytes, posted), word};
     return kP2pSome;
   }
-  __device__ P2pProgress sendMoving(const kernelP2pOp_t &x) const {
+  __device__ P2pProgress sendMoving() const {
     bool isDirect = state.isDirect;
     bool some = !isDirect && extend(state.chunk);
     if (!isMoved()) return some ? kP2pSome : kP2pNone;
-    close(!isDirect);
-    if (isDirect)
-      raiseMark(x.bytes, true);
-    else if (isFirst())
-      state.chunk += (state.bytes + stageBytes() - 1) / stageBytes();
+    close();
+    __syncwarp();
+    if (isFirst()) {
+      if (state.markWord != 0)
+        storeReleaseSystem(&c.mark(state.peer, c.p.rank, number())->number, state.markWord);
+      if (!isDirect) state.chunk += c.stagesOf(state.bytes);
+    }
     return kP2pOver;
   }
   __device__ bool hasMark() const {
@@ -248,7 +268,7 @@ template <bool kHasJobs> struct P2pLane {
     return number() < over + KERNEL_P2P_RING;
   }
   __device__ P2pProgress stepSend(const kernelP2pOp_t &x, P2pOpening &opening) const {
-    if (kHasJobs && state.step == kP2pMoving) return sendMoving(x);
+    if (kHasJobs && state.step == kP2pMoving) return sendMoving();
     if (state.step == kP2pBegin) {
       if (!hasMark()) return kP2pNone;
       if (!kHasJobs || x.bytes <= eager()) return sendEager(x);
@@ -260,13 +280,12 @@ template <bool kHasJobs> struct P2pLane {
   // ---- receiving ----
 
   __device__ void post(const kernelP2pOp_t &x) const {
-    kernelP2pPost_t *at = c.post(state.peer, c.p.rank, number());
-    volatile kernelP2pPost_t *to = at;
-    to->bytes = x.bytes;
-    to->address = x.address;
-    to->slot = x.slot;
-    to->generation = x.generation;
-    storeReleaseSystem(&at->number, number() + 1);
+    char *units = c.post(state.peer, c.p.rank, number());
+    uint64_t stamp = (number() + 1) << 32;
+    storeUnit(units, 0, stamp, uint32_t(x.bytes), uint32_t(x.bytes >> 32));
+    storeUnit(units, 1, stamp, uint32_t(x.address), uint32_t(x.address >> 32));
+    storeUnit(units, 2, stamp, x.slot, x.generation);
+    storeUnit(units, 3, stamp, 0, uint32_t((number() + 1) >> 32));
   }
   // A small receive is posted late, as it need not be: a sender waits for that only if its own size is large,
   // and so another.
@@ -298,9 +317,10 @@ template <bool kHasJobs> struct P2pLane {
     bool isPacketed = (head ^ stamp) >> 32 == 0;
     if (!isPacketed && word >> KERNEL_P2P_MARK_BITS != number() + 1) return kP2pNone;
     bool isEager = word & 2;
-    uint64_t sent = isPacketed ? uint32_t(head)
-                    : isEager  ? (word >> 2) & KERNEL_P2P_MOST_EAGER
-                               : *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
+    uint64_t sent = isPacketed   ? uint32_t(head)
+                    : isEager    ? (word >> 2) & KERNEL_P2P_MOST_EAGER
+                    : (word & 4) ? x.bytes
+                                 : *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
     uint64_t bytes = min(sent, x.bytes);
     if (isPacketed) {
       if (x.bytes <= most) {
@@ -319,7 +339,7 @@ template <bool kHasJobs> struct P2pLane {
     __syncwarp();
     if (isPacketed || word & 1) return kP2pOver;
     if (!isEager && bytes > stageBytes()) { // only of large receives
-      opening = {true, kP2pStagedRecv, nullptr, bytes};
+      opening = {true, kP2pStagedRecv, nullptr, bytes, 0};
       return kP2pSome;
     }
     if ((isEager ? sent : bytes) == 0) return kP2pOver;
@@ -341,9 +361,9 @@ template <bool kHasJobs> struct P2pLane {
   __device__ P2pProgress recvMoving() const {
     bool some = extend(state.chunk);
     if (!isMoved()) return some ? kP2pSome : kP2pNone;
-    close(true);
+    close();
     __syncwarp();
-    if (isFirst()) state.chunk += (state.bytes + stageBytes() - 1) / stageBytes();
+    if (isFirst()) state.chunk += c.stagesOf(state.bytes);
     return kP2pOver;
   }
   __device__ P2pProgress stepRecv(const kernelP2pOp_t &x, P2pOpening &opening) const {
@@ -380,9 +400,8 @@ template <bool kHasJobs> struct P2pLane {
       c.s.room[lane.peer] = state.room;
       c.s.over[lane.peer] = state.over;
     }
-    if (!kHasJobs) return; // nobody else waits for the lane
-    __threadfence();
-    atomicAdd(&c.s.lanesOver, 1u);
+    if (!kHasJobs) return;         // nobody else waits for the lane
+    atomicAdd(&c.s.lanesOver, 1u); // in any order: what the lane has written is ordered by the block's end
   }
 };
 
@@ -442,7 +461,7 @@ __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int 
       if (__any_sync(kFullWarp, over)) return;
       bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;
       if (__any_sync(kFullWarp, jobs)) some |= moveByWarp(c, gridDim.x);
-      if (nOver == nMine && !some) __nanosleep(100);
+      if (nOver == nMine && !some) __nanosleep(40);
     }
     if (some) {
       clock.since = 0;

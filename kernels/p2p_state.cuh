@@ -20,23 +20,30 @@ enum P2pJobKind : uint32_t { kP2pDirect, kP2pStagedSend, kP2pStagedRecv };
 // words, by who may take: bulk copies or warps of a direct job, and both of a staged one, whose chunks have
 // numbers. The other two words stand beyond all bytes.
 //
-// Words begin with the job's generation. Whoever adds to a direct job's word has taken what he added, as far
-// as there are bytes and the generation still is the job's; a staged job's word is advanced by comparing,
-// never beyond `limit`. Fields change only while nothing can be taken, after `generation` and before the
-// words.
+// Words, and the number of bytes, have the job's generation above it. Whoever adds to a direct job's word has
+// taken what he added, if the bytes are of the word's generation and there were as many: then the job is not
+// over before he is, so that its other fields are its own, too. A staged job's word is advanced by comparing,
+// never beyond `limit`, which is 0 for a direct one. Fields change only while nothing can be taken, before
+// the words.
 struct __align__(128) P2pJob {
-  unsigned long long bulk, limit; // limit: bytes that may be taken so far; grows
+  unsigned long long bulk, limit; // limit: staged bytes that may be taken so far; grows
   unsigned long long warps, bytes;
   unsigned long long staged, done; // done: bytes moved, and told to the peer where staged
-  unsigned long long generation;
-  char *user, *other;  // the user's buffer; direct: the receiver's
-  uint64_t firstChunk; // staged: number of the pair's chunk at byte 0
-  uint32_t kind;       // P2pJobKind
+  char *user, *other;              // the user's buffer; direct: the receiver's
+  uint64_t firstChunk;             // staged: number of the pair's chunk at byte 0
+  uint64_t *mark;                  // direct: at the receiver, raised to markWord by who moves the last chunk;
+                                   // null: by the lane
+  uint64_t markWord;
+  uint32_t kind; // P2pJobKind
   int32_t peer;
   uint32_t byWarps; // addresses that bulk copies cannot take
 };
+static_assert(sizeof(P2pJob) == 128, "one line");
 constexpr uint64_t kP2pOffsetMask = (uint64_t(1) << kP2pOffsetBits) - 1;
 constexpr uint64_t kP2pBeyond = uint64_t(1) << (kP2pOffsetBits - 1);
+__device__ __forceinline__ bool sameGeneration(uint64_t a, uint64_t b) {
+  return (a ^ b) >> kP2pOffsetBits == 0;
+}
 
 enum P2pStep : int32_t { kP2pBegin, kP2pAwaitPeer, kP2pMoving, kP2pAwaitStage };
 enum P2pProgress { kP2pNone, kP2pSome, kP2pOver }; // of a step: over is the transfer
@@ -52,10 +59,12 @@ struct P2pLaneState {
   uint64_t room;       // sends: chunks below this have had a free stage
   uint64_t over;       // sends: transfers that the receiver was seen to be done with
   uint64_t generation; // of the lane's job
+  uint64_t markWord;   // that the lane raises when its direct job is done; 0: it does not
   char *own, *peer;    // windows: this rank's, and the other's as seen from here
   int32_t isDirect;
-  int32_t polls;   // for the transfer's mark
-  uint32_t isOwed; // receives: the sender has not been told that the last transfer is over
+  int32_t forWarps; // the job has something for them
+  int32_t polls;    // for the transfer's mark
+  uint32_t isOwed;  // receives: the sender has not been told that the last transfer is over
 };
 
 } // namespace ultraep
@@ -106,6 +115,10 @@ struct P2pContext {
   kernelP2pState_t &s;
 
   __device__ uint64_t stages() const { return uint64_t(p.geometry.nStages); }
+  __device__ int stageShift() const { return __ffs(int(p.geometry.stageBytes >> 10)) + 9; }
+  __device__ uint64_t stagesOf(uint64_t bytes) const {
+    return (bytes + p.geometry.stageBytes - 1) >> stageShift();
+  }
   // Of the chunk among all stages in a window.
   __device__ size_t stageOf(int from, uint64_t chunk) const {
     return size_t(from) * stages() + (chunk & (stages() - 1));
@@ -118,9 +131,9 @@ struct P2pContext {
     return at<kernelP2pMark_t>(window, layout.marks,
                                size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
   }
-  __device__ kernelP2pPost_t *post(char *window, int from, uint64_t number) const {
-    return at<kernelP2pPost_t>(window, layout.posts,
-                               size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING);
+  __device__ char *post(char *window, int from, uint64_t number) const {
+    return window + layout.posts +
+           (size_t(from) * KERNEL_P2P_RING + number % KERNEL_P2P_RING) * sizeof(kernelP2pPost_t);
   }
   __device__ uint64_t *taken(char *window, int from) const {
     return at<uint64_t>(window, layout.taken, from);
@@ -173,6 +186,7 @@ struct P2pChunk {
   uint64_t before; // bytes of the job before it that may be read, too
   uint64_t *flag;  // raised at the peer when it has been moved; null: none
   uint64_t flagValue;
+  uint64_t all; // not 0: the flag is for the whole job, which has so many bytes
   P2pJob *job;
 };
 
@@ -188,10 +202,12 @@ __device__ __forceinline__ uint64_t lookAtJob(const P2pContext &c, const P2pJob 
   lookDevice64(&job.warps, warps, bytes);
   uint64_t staged = lookDevice64(&job.staged);
   bool byWarps = lookDevice(&job.byWarps);
-  uint64_t most = min(limit, bytes), at = (byWarp ? warps : bulk) & kP2pOffsetMask;
-  if (at < most) return bytes - at;
+  uint64_t word = byWarp ? warps : bulk, at = word & kP2pOffsetMask;
+  bool isNow = sameGeneration(word, bytes);
+  bytes &= kP2pOffsetMask;
+  if (isNow && at < bytes) return bytes - at;
   at = staged & kP2pOffsetMask;
-  if (at >= most) return 0;
+  if (at >= min(limit, bytes)) return 0;
   uint64_t chunk = min(bytes - at, c.p.geometry.stageBytes);
   return isForWarps(byWarps, at, chunk, bytes) == byWarp ? bytes - at : 0;
 }
@@ -204,7 +220,7 @@ __device__ __forceinline__ uint64_t chunkBytes(uint64_t left, uint32_t nMovers, 
 
 // The chunk at `at` of a staged job, of which that much has been taken.
 __device__ inline P2pChunk stagedChunk(const P2pContext &c, P2pJob &job, uint64_t at, uint64_t bytes) {
-  uint64_t number = job.firstChunk + at / c.p.geometry.stageBytes;
+  uint64_t number = job.firstChunk + (at >> c.stageShift());
   if (job.kind == kP2pStagedSend) {
     char *peer = c.p.windows[job.peer];
     return {job.user + at,
@@ -213,10 +229,11 @@ __device__ inline P2pChunk stagedChunk(const P2pContext &c, P2pJob &job, uint64_
             at,
             c.arrived(peer, c.p.rank, number),
             number + 1,
+            0,
             &job};
   }
   return {c.stage(c.p.windows[c.p.rank], job.peer, number), job.user + at, bytes, 0,
-          c.freed(c.p.windows[job.peer], c.p.rank, number), number + 1,    &job};
+          c.freed(c.p.windows[job.peer], c.p.rank, number), number + 1,    0,     &job};
 }
 
 // By one thread: takes the next chunk of a job, if it still can. Memory is far, so what does not depend on
@@ -225,19 +242,22 @@ __device__ inline P2pChunk takeDirect(P2pJob &job, uint64_t bytes, bool byWarp) 
   uint64_t word = atomicAdd(byWarp ? &job.warps : &job.bulk, bytes), at = word & kP2pOffsetMask;
   fenceDevice();
   uint64_t all = lookDevice64(&job.bytes), user = lookDevice64(&job.user), other = lookDevice64(&job.other);
-  fenceDevice(); // before the generation, which changes first
-  if (lookDevice64(&job.generation) != word >> kP2pOffsetBits || at >= all) return {};
+  uint64_t mark = lookDevice64(&job.mark), markWord = lookDevice64(&job.markWord);
+  bool isNow = sameGeneration(word, all);
+  all &= kP2pOffsetMask;
+  if (!isNow || at >= all) return {};
   return {reinterpret_cast<const char *>(user + at),
           reinterpret_cast<char *>(other + at),
           min(bytes, all - at),
           at,
-          nullptr,
-          0,
+          reinterpret_cast<uint64_t *>(mark),
+          markWord,
+          mark ? all : 0,
           &job};
 }
 __device__ inline P2pChunk takeStaged(const P2pContext &c, P2pJob &job, bool byWarp) {
   uint64_t word = loadAcquireDevice64(&job.staged), at = word & kP2pOffsetMask;
-  uint64_t limit = loadAcquireDevice64(&job.limit), all = loadAcquireDevice64(&job.bytes);
+  uint64_t limit = loadAcquireDevice64(&job.limit), all = loadAcquireDevice64(&job.bytes) & kP2pOffsetMask;
   if (at >= min(limit, all)) return {};
   uint64_t bytes = min(all - at, c.p.geometry.stageBytes);
   if (isForWarps(job.byWarps, at, bytes, all) != byWarp) return {};
@@ -296,9 +316,12 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
 
 // What was moved is whole, and seen by whoever sees the flag or the count. By one thread, after the others'
 // writes are ordered before.
-__device__ __forceinline__ void finishChunk(P2pJob *job, uint64_t *flag, uint64_t flagValue, uint64_t bytes) {
-  if (flag) storeReleaseSystem(flag, flagValue);
-  addReleaseDevice64(&job->done, bytes);
+__device__ __forceinline__ void finishChunk(P2pJob *job, uint64_t *flag, uint64_t flagValue, uint64_t all,
+                                            uint64_t bytes) {
+  bool raises = flag != nullptr;
+  if (all != 0) raises = addAcquireReleaseDevice64(&job->done, bytes) + bytes == all;
+  if (raises) storeReleaseSystem(flag, flagValue);
+  if (all == 0) addReleaseDevice64(&job->done, bytes);
 }
 
 } // namespace ultraep

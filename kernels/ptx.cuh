@@ -75,6 +75,14 @@ __device__ __forceinline__ uint32_t addAcquireReleaseDevice(uint32_t *at, uint32
                : "memory");
   return before;
 }
+__device__ __forceinline__ uint64_t addAcquireReleaseDevice64(void *at, uint64_t value) {
+  uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(at), "l"(value)
+               : "memory");
+  return before;
+}
 // What this thread does before comes before what it does after, as others on the device see it.
 __device__ __forceinline__ void fenceDevice() {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");

@@ -191,13 +191,17 @@ static ultraepResult_t comm_open_window(scheduleComm_t *comm) {
   return nccl_region_open(comm->self, NULL, layout.bytes, true, &comm->window);
 }
 
+static uint64_t comm_power_of_two(uint64_t most) {
+  while (most & (most - 1)) most &= most - 1;
+  return most;
+}
+
 static kernelP2pGeometry_t comm_geometry(const settings_t *settings, int nRanks) {
   kernelP2pGeometry_t geometry = {.nRanks = nRanks,
-                                  .nStages = settings->p2pStages,
-                                  .stageBytes = (uint64_t)settings->p2pStageKb * 1024,
+                                  .nStages = (int32_t)comm_power_of_two((uint64_t)settings->p2pStages),
+                                  .stageBytes = comm_power_of_two((uint64_t)settings->p2pStageKb * 1024),
                                   .eagerBytes = (uint64_t)settings->p2pEagerKb * 1024};
 
-  while (geometry.nStages & (geometry.nStages - 1)) geometry.nStages &= geometry.nStages - 1;
   if (geometry.eagerBytes > geometry.stageBytes) geometry.eagerBytes = geometry.stageBytes;
   if (geometry.eagerBytes > KERNEL_P2P_MOST_EAGER) geometry.eagerBytes = KERNEL_P2P_MOST_EAGER;
   return geometry;

@@ -63,6 +63,9 @@ inline void addReleaseDevice64(void *at, uint64_t value) {
 inline uint32_t addAcquireReleaseDevice(uint32_t *at, uint32_t value) {
   return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
 }
+inline uint64_t addAcquireReleaseDevice64(void *at, uint64_t value) {
+  return __atomic_fetch_add(static_cast<uint64_t *>(at), value, __ATOMIC_ACQ_REL);
+}
 inline void fenceDevice() {
   __atomic_thread_fence(__ATOMIC_ACQ_REL);
 }
