@@ -135,6 +135,8 @@ cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, co
   int forLanes = (group.nLanes + kP2pWarps - kP2pMovers - 1) / (kP2pWarps - kP2pMovers);
   int64_t forBytes = int64_t(bytes / kP2pLeastChunk) + 1;
   int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max<int64_t>(forBytes, forLanes)));
+  if (p->hasBulk && P2pFew::fits(group.nLanes, group.nOps))
+    return launch<kP2pBulk, P2pFew>(p, layout, group, nBlocks, stream);
   if (p->hasBulk) return launch<kP2pBulk, Where>(p, layout, group, nBlocks, stream);
   return launch<kP2pPortable, Where>(p, layout, group, nBlocks, stream);
 }
@@ -174,9 +176,9 @@ int kernelP2pLoad(void) {
   return loadKernels(
       {kernelAddress(p2pKernel<kP2pSmall, P2pFew>), kernelAddress(p2pKernel<kP2pSmall, P2pMany>),
        kernelAddress(p2pKernel<kP2pSmall, P2pElsewhere>), kernelAddress(p2pKernel<kP2pPortable, P2pMany>),
-       kernelAddress(p2pKernel<kP2pPortable, P2pElsewhere>), kernelAddress(p2pKernel<kP2pBulk, P2pMany>),
-       kernelAddress(p2pKernel<kP2pBulk, P2pElsewhere>), kernelAddress(leaveKernel),
-       kernelAddress(awaitKernel)});
+       kernelAddress(p2pKernel<kP2pPortable, P2pElsewhere>), kernelAddress(p2pKernel<kP2pBulk, P2pFew>),
+       kernelAddress(p2pKernel<kP2pBulk, P2pMany>), kernelAddress(p2pKernel<kP2pBulk, P2pElsewhere>),
+       kernelAddress(leaveKernel), kernelAddress(awaitKernel)});
 }
 
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream) {

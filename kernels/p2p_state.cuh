@@ -212,10 +212,11 @@ __device__ __forceinline__ uint64_t lookAtJob(const P2pContext &c, const P2pJob 
   return isForWarps(byWarps, at, chunk, bytes) == byWarp ? bytes - at : 0;
 }
 
-__device__ __forceinline__ uint64_t chunkBytes(uint64_t left, uint32_t nMovers, bool byWarp) {
+// Of a job a mover takes his part of what is left of all jobs at a time: much at first, less towards the end.
+__device__ __forceinline__ uint32_t chunkBytes(uint32_t leftKb, uint32_t nMovers, bool byWarp) {
   if (byWarp) return kP2pWarpChunk;
-  uint64_t share = (left / (4 * nMovers) + kP2pTile - 1) / kP2pTile * kP2pTile;
-  return min(max(share, kP2pLeastChunk), kP2pMostChunk);
+  uint32_t tiles = min(leftKb / nMovers, uint32_t(kP2pMostChunk >> 10)) / (kP2pTile >> 10);
+  return max(tiles * kP2pTile, uint32_t(kP2pLeastChunk));
 }
 
 // The chunk at `at` of a staged job, of which that much has been taken.
@@ -290,7 +291,9 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
     }
   }
   uint32_t key = best < 0 ? 0 : uint32_t(min(bestLeft >> 10, uint64_t(0x3ffffff))) + 1, least = 1;
-  uint64_t bytes = chunkBytes(bestLeft, nMovers, byWarp);
+  allLeft = warpSum(allLeft);
+  uint32_t bytes = chunkBytes(allLeft, nMovers, byWarp);
+  most = min(most, max(allLeft / (nMovers * (bytes >> 10)), 1u));
   bool isMine = false;
   chunk = {};
   *isOver = __any_sync(kFullWarp, sawOver);
@@ -299,11 +302,7 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
     uint32_t largest = warpMax(isMine ? 0 : key);
     if (largest < least) break;
     int winner = warpFirst(!isMine && key == largest);
-    if (n == 0 && most > 1) {
-      uint32_t part = warpSum(allLeft) / (nMovers * uint32_t(__shfl_sync(kFullWarp, bytes, winner) >> 10));
-      most = min(most, max(part, 1u));
-      least = (largest + 1) / 2;
-    }
+    if (n == 0) least = (largest + 1) / 2;
     isMine = isMine || lane == winner;
   }
   if (isMine) {
