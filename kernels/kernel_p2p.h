@@ -58,7 +58,7 @@ extern "C" {
 #define KERNEL_P2P_NO_SLOT 0xffffffffu
 #define KERNEL_P2P_MARK_BITS 28
 #define KERNEL_P2P_MOST_EAGER ((1u << (KERNEL_P2P_MARK_BITS - 2)) - 1)
-#define KERNEL_P2P_MOST_PACKETED 1024 /* they take twice the room, but no fence */
+#define KERNEL_P2P_MOST_PACKETED 4096 /* they take twice the room, but no fence */
 
 typedef struct {
   uint64_t bytes; /* of the send, unless the word tells */

@@ -106,7 +106,8 @@ __device__ __noinline__ void copyByWarp(char *to, const char *from, uint64_t byt
 // A transfer as packets: each is a word with four bytes below and above, alike in all, a stamp of the pair's
 // transfer that it is, so that it says itself whether it has arrived. Units of two: the first says how many
 // bytes the transfer has, each after that has 8 of them.
-constexpr int kP2pLaneUnits = (KERNEL_P2P_MOST_PACKETED / 8 + kWarp - 1) / kWarp; // but the first unit
+constexpr int kP2pLaneUnits = 4; // of a look: memory is far, so several at once
+constexpr uint32_t kP2pLookUnits = kP2pLaneUnits * kWarp;
 
 struct P2pUnit {
   uint64_t first, second;
@@ -172,56 +173,55 @@ __device__ __noinline__ void copyOddPackets(char *units, char *to, uint64_t byte
   }
 }
 
-// By a warp, KERNEL_P2P_MOST_PACKETED bytes at most: memory is far, so all of them at once.
+// By a warp.
 __device__ inline void sendPackets(char *units, uint64_t stamp, const char *from, uint64_t bytes) {
   uint32_t nWords = uint32_t(bytes / 4), lane = threadIdx.x % kWarp;
-  if (isOfWords(from, bytes)) {
-    auto *words = reinterpret_cast<const uint32_t *>(from);
+  if (lane == 0) storePair(unitAt(units, 0), stamp | bytes, stamp);
+  if (!isOfWords(from, bytes)) return sendOddPackets(units, stamp, from, bytes);
+  auto *words = reinterpret_cast<const uint32_t *>(from);
+#pragma unroll 1
+  for (uint32_t first = lane; 2 * (first - lane) < nWords; first += kP2pLookUnits) {
     uint32_t low[kP2pLaneUnits], high[kP2pLaneUnits];
 #pragma unroll
     for (int i = 0; i < kP2pLaneUnits; i++) {
-      uint32_t at = 2 * (lane + i * kWarp);
+      uint32_t at = 2 * (first + i * kWarp);
       low[i] = at < nWords ? words[at] : 0;
       high[i] = at + 1 < nWords ? words[at + 1] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kP2pLaneUnits; i++)
-      if (uint32_t at = lane + i * kWarp; 2 * at < nWords) storeUnit(units, 1 + at, stamp, low[i], high[i]);
-  } else {
-    sendOddPackets(units, stamp, from, bytes);
+      if (uint32_t at = first + i * kWarp; 2 * at < nWords) storeUnit(units, 1 + at, stamp, low[i], high[i]);
   }
-  if (lane == 0) storePair(unitAt(units, 0), stamp | bytes, stamp);
 }
 
-// What a warp sees of a transfer's packets at one look.
+// What a warp sees of a transfer's packets at one look: the first, and kP2pLookUnits after `first` others.
 struct P2pPackets {
   P2pUnit head, mine[kP2pLaneUnits];
 
-  __device__ __forceinline__ void look(char *units, uint64_t bytes) {
+  __device__ __forceinline__ void look(char *units, uint32_t first, uint64_t bytes) {
     uint32_t last = lastUnit(bytes), lane = threadIdx.x % kWarp;
     loadPair(unitAt(units, 0), head.first, head.second);
 #pragma unroll
     for (int i = 0; i < kP2pLaneUnits; i++)
-      if (uint32_t at = 1 + lane + i * kWarp; at <= last)
+      if (uint32_t at = 1 + first + lane + i * kWarp; at <= last)
         loadPair(unitAt(units, at), mine[i].first, mine[i].second);
   }
-  // Whether all of so many bytes are here.
-  __device__ __forceinline__ bool has(uint64_t stamp, uint64_t bytes) const {
+  // Whether they are here, of so many bytes in all.
+  __device__ __forceinline__ bool has(uint64_t stamp, uint32_t first, uint64_t bytes) const {
     uint32_t last = lastUnit(bytes), lane = threadIdx.x % kWarp;
     bool isAll = true;
 #pragma unroll
     for (int i = 0; i < kP2pLaneUnits; i++)
-      if (1 + lane + i * kWarp <= last) isAll = isAll && mine[i].isOf(stamp);
+      if (1 + first + lane + i * kWarp <= last) isAll = isAll && mine[i].isOf(stamp);
     return __all_sync(kFullWarp, isAll);
   }
-  // Once they are.
-  __device__ __forceinline__ void copy(char *units, char *to, uint64_t bytes) const {
+  // Where they are, and are of words.
+  __device__ __forceinline__ void copy(uint32_t first, char *to, uint64_t bytes) const {
     uint32_t nWords = uint32_t(bytes / 4), lane = threadIdx.x % kWarp;
-    if (!isOfWords(to, bytes)) return copyOddPackets(units, to, bytes);
     auto *words = reinterpret_cast<uint32_t *>(to);
 #pragma unroll
     for (int i = 0; i < kP2pLaneUnits; i++) {
-      uint32_t at = 2 * (lane + i * kWarp);
+      uint32_t at = 2 * (first + lane + i * kWarp);
       if (at < nWords) words[at] = uint32_t(mine[i].first);
       if (at + 1 < nWords) words[at + 1] = uint32_t(mine[i].second);
     }
@@ -279,9 +279,10 @@ struct P2pPipe {
 // By a warp.
 __device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
   uint32_t taken = 0;
+  bool isLarge = false; // what was taken last: then one ahead will do, and others may have the rest
   for (;;) {
     uint32_t room = __shfl_sync(kFullWarp, kP2pAhead - (taken - loadAcquireBlock(&pipe.nBegun)), 0);
-    if (room == 0) {
+    if (room == 0 || (isLarge && room < kP2pAhead)) {
       __nanosleep(50);
       continue;
     }
@@ -296,6 +297,7 @@ __device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
     if (chunk.from)
       pipe.chunk[(taken + __popc(mine & ((1u << threadIdx.x % kWarp) - 1))) % kP2pAhead] = chunk;
     taken += __popc(mine);
+    isLarge = __any_sync(kFullWarp, chunk.from && chunk.bytes > kP2pLeastChunk);
     __syncwarp();
     if (threadIdx.x % kWarp == 0) storeReleaseBlock(&pipe.nTaken, taken);
   }

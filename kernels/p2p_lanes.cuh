@@ -149,6 +149,7 @@ template <bool kHasJobs> struct P2pLane {
       state.op++;
       state.number++;
       state.polls = 0;
+      state.units = 0;
       if (lane.isRecv) {
         state.isOwed = 1;
         if (!isOver()) {
@@ -311,8 +312,9 @@ template <bool kHasJobs> struct P2pLane {
     const kernelP2pMark_t *at = c.mark(state.own, lane.peer, number());
     char *units = c.packets(state.own, lane.peer, state.chunk);
     uint64_t stamp = packetStamp(number()), most = c.layout.mostPacketed;
+    uint32_t first = state.units;
     P2pPackets packets;
-    packets.look(units, x.bytes <= most ? x.bytes : 0);
+    packets.look(units, first, x.bytes <= most ? x.bytes : 0);
     uint64_t word = seeSystem(&at->number), head = __shfl_sync(kFullWarp, packets.head.first, 0);
     bool isPacketed = (head ^ stamp) >> 32 == 0;
     if (!isPacketed && word >> KERNEL_P2P_MARK_BITS != number() + 1) return kP2pNone;
@@ -323,12 +325,20 @@ template <bool kHasJobs> struct P2pLane {
                                  : *reinterpret_cast<const volatile uint64_t *>(&at->bytes);
     uint64_t bytes = min(sent, x.bytes);
     if (isPacketed) {
-      if (x.bytes <= most) {
-        if (!packets.has(stamp, bytes)) return kP2pNone;
-        packets.copy(units, reinterpret_cast<char *>(x.address), bytes);
-      } else { // it ought to have been larger
+      auto *to = reinterpret_cast<char *>(x.address);
+      if (x.bytes <= most && isOfWords(to, bytes)) {
+        if (!packets.has(stamp, first, bytes)) return kP2pNone;
+        packets.copy(first, to, bytes);
+        first += kP2pLookUnits;
+        if (8 * first < bytes) {
+          __syncwarp();
+          if (isFirst()) state.units = first;
+          __syncwarp();
+          return kP2pSome;
+        }
+      } else { // of odd words, or it ought to have been larger
         if (!hasAllPackets(units, stamp, bytes)) return kP2pNone;
-        copyOddPackets(units, reinterpret_cast<char *>(x.address), bytes);
+        copyOddPackets(units, to, bytes);
       }
     }
     __syncwarp();

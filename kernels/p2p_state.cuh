@@ -64,6 +64,7 @@ struct P2pLaneState {
   int32_t isDirect;
   int32_t forWarps; // the job has something for them
   int32_t polls;    // for the transfer's mark
+  uint32_t units;   // of packets that have been copied
   uint32_t isOwed;  // receives: the sender has not been told that the last transfer is over
 };
 
