@@ -46,14 +46,17 @@ static const setting_t settingsTable[] = {
      .byDefault = "512",
      .min = 1,
      .max = 65536,
-     .help = "KiB of a stage, through which data goes to buffers that peers do not map; alike on all ranks"},
+     .help = "KiB of a stage, through which data goes to buffers that peers do not map: a power of two, or "
+             "the next "
+             "smaller one holds; alike on all ranks"},
     {.name = "ULTRAEP_P2P_STAGES",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pStages),
      .byDefault = "8",
      .min = 1,
      .max = 64,
-     .help = "stages for each peer, on every rank, or the next smaller of 1, 2, 4, ..; alike on all ranks"},
+     .help = "stages for each peer, on every rank: a power of two, or the next smaller one holds; alike on "
+             "all ranks"},
     {.name = "ULTRAEP_P2P_EAGER_KB",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pEagerKb),
