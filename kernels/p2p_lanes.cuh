@@ -223,7 +223,7 @@ template <bool kHasJobs> struct P2pLane {
     }
     return reinterpret_cast<char *>(address + uint64_t(seen.delta));
   }
-  // Where the receiver has posted it.
+  // Where the receiver has posted it; the words are as in kernelP2pPost_t, and in post().
   __device__ P2pProgress sendPosted(const kernelP2pOp_t &x, P2pOpening &opening) const {
     char *units = c.post(state.own, lane.peer, number());
     uint64_t stamp = (number() + 1) << 32;

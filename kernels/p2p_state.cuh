@@ -12,7 +12,7 @@ constexpr int kP2pMaxLanes = 2 * KERNEL_P2P_MAX_RANKS;
 constexpr uint32_t kP2pTile = 16384; // bytes of one bulk copy
 constexpr uint64_t kP2pLeastChunk = 4 * kP2pTile, kP2pMostChunk = 32 * kP2pTile;
 constexpr uint64_t kP2pWarpChunk = 32768; // of what a warp copies through registers
-constexpr int kP2pOffsetBits = 44;        // of P2pJob::next; the rest counts jobs
+constexpr int kP2pOffsetBits = 44;        // of a P2pJob's words; the rest counts jobs
 
 enum P2pJobKind : uint32_t { kP2pDirect, kP2pStagedSend, kP2pStagedRecv };
 

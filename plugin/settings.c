@@ -47,8 +47,7 @@ static const setting_t settingsTable[] = {
      .min = 1,
      .max = 65536,
      .help = "KiB of a stage, through which data goes to buffers that peers do not map: a power of two, or "
-             "the next "
-             "smaller one holds; alike on all ranks"},
+             "the next smaller one holds; alike on all ranks"},
     {.name = "ULTRAEP_P2P_STAGES",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pStages),

@@ -277,8 +277,7 @@ static void graph_work(rank_t *self) {
   CALL(self, cudaGraphUpload(exec, self->streams[0]));
   CALL(self, cudaStreamSynchronize(self->streams[0]));
   meet();
-  int nReplays = nRounds < 3 ? 10 : 30; /* 20 transfers of a pair and more: rings have gone round */
-  for (int i = 0; i < nReplays; i++) {
+  for (int i = 0; i < (nRounds < 3 ? 10 : 30); i++) { /* either way, rings have gone round */
     CALL(self, cudaGraphLaunch(exec, self->streams[0]));
     if (i % 10 == 9) exchange(self, self->comm, false); /* between replays */
   }
