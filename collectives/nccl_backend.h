@@ -78,12 +78,13 @@ typedef struct ncclRank {
   size_t windowBytes, failMarkOffset, metaOffset, partialsOffset;
   kernelGroup_t kernel;
   int32_t expertBlocks;           /* nBlocks of the kernels of weights and gradients */
-  bool isStuck;                   /* a meeting timed out and is still pending in NCCL or on `stream` */
+  bool isStuck;                   /* a meeting has failed; it may be pending still in NCCL or on `stream` */
   cudaEvent_t work[KERNEL_LANES]; /* after each lane's last call that was enqueued outside a capture */
   void *pinned;                   /* mapped: the failure, then the status of each route */
   kernelFailure_t *failure, *deviceFailure;       /* and as mapped */
   kernelRouteStatus_t *statuses, *deviceStatuses; /* [maxRoutes][KERNEL_LANES], and as mapped */
-  char *agreeBuffer;                              /* device: (R + 1) messages */
+  char *agreeBuffer;                              /* device: (R + 1) messages, each with its stamp */
+  uint64_t nAgreements;                           /* so far, which tells messages apart */
   void *deviceBlock;                              /* state, chunk counts */
   ncclRegion_t *regions;                          /* [nRegions] */
   int nRegions;
@@ -132,7 +133,9 @@ void nccl_work_enqueued(ncclRank_t *self, int lane, cudaStream_t stream, bool ca
 cudaError_t nccl_work_wait(ncclRank_t *self);
 
 int64_t nccl_now_ms(void);
-/* A meeting ended by the timeout: from now on the group has failed. */
+/* A meeting has failed, and NCCL's call or kernel may stay pending: nothing may wait for it or free what it
+ * uses, and from now on the group has failed. nccl_give_up: by the timeout. */
+void nccl_fail(ncclRank_t *self, ultraepResult_t code);
 ultraepResult_t nccl_give_up(ncclRank_t *self, const char *phase);
 
 /* Makes a call of NCCL that may wait for other ranks, at most the group's timeout. argument (bytes <= 64) is
@@ -154,7 +157,8 @@ ultraepResult_t nccl_rank_open(ncclComm_t comm, int timeoutMs, ncclRank_t **rank
 ultraepResult_t nccl_rank_choose_peers(ncclRank_t *self);
 void nccl_rank_close(ncclRank_t *rank);
 /* Collective: gives every rank's message (bytes <= NCCL_AGREE_BYTES) to all, in order of rank; messages holds
- * R * bytes. Waits at most the group's timeout for each of its two steps. */
+ * R * bytes. Waits at most the group's timeout for each of its two steps. What NCCL gave for a rank's message
+ * without being it (the communicator was aborted) is ultraepRemoteError, and the group has failed. */
 #define NCCL_AGREE_BYTES 512
 ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase);

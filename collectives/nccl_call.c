@@ -39,12 +39,15 @@ int64_t nccl_now_ms(void) {
   return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-ultraepResult_t nccl_give_up(ncclRank_t *self, const char *phase) {
-  /* NCCL's call or kernel stays pending: nothing may wait for it or free what it uses. */
+void nccl_fail(ncclRank_t *self, ultraepResult_t code) {
   self->isStuck = true;
   self->failure->phase = KERNEL_PHASE_MEMORY;
   self->failure->rank = -1;
-  __atomic_store_n(&self->failure->code, (int32_t)ultraepTimeout, __ATOMIC_RELEASE);
+  __atomic_store_n(&self->failure->code, (int32_t)code, __ATOMIC_RELEASE);
+}
+
+ultraepResult_t nccl_give_up(ncclRank_t *self, const char *phase) {
+  nccl_fail(self, ultraepTimeout);
   return error_set(ultraepTimeout, "%s: a rank did not come within %d ms", phase, self->timeoutMs);
 }
 

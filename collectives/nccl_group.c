@@ -92,18 +92,67 @@ static int group_gather(const ncclSymbols_t *nccl, ncclComm_t comm, void *argume
   return nccl->AllGather(gather->send, gather->recv, gather->bytes, NCCL_TYPE_INT8, comm, gather->stream);
 }
 
+/* One rank's message on its way. */
+typedef struct {
+  uint64_t stamp;
+  unsigned char body[NCCL_AGREE_BYTES];
+} agreeMessage_t;
+#define AGREE_HEAD_BYTES offsetof(agreeMessage_t, body)
+
+/* What a message is known by: agreement, rank and body (FNV-1a, 64 bits). */
+static uint64_t agree_stamp(const ncclRank_t *self, int rank, const void *body, size_t bytes) {
+  const uint64_t words[] = {self->nAgreements, (uint64_t)rank, bytes};
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (size_t i = 0; i < sizeof(words); i++)
+    hash = (hash ^ ((const unsigned char *)words)[i]) * 0x100000001b3u;
+  for (size_t i = 0; i < bytes; i++) hash = (hash ^ ((const unsigned char *)body)[i]) * 0x100000001b3u;
+  return hash;
+}
+
+/* Where a rank aborts the communicator while others wait in NCCL's kernel, that kernel may end there as if
+ * all had come, with anything in place of what has not: NCCL's error comes later, if at all. So a message
+ * counts only with its stamp. */
+static ultraepResult_t agree_read(ncclRank_t *self, const unsigned char *came, void *messages, size_t bytes,
+                                  const char *phase) {
+  for (int r = 0; r < self->nRanks; r++) {
+    const unsigned char *message = came + (size_t)r * (AGREE_HEAD_BYTES + bytes);
+    uint64_t stamp;
+    memcpy(&stamp, message, sizeof(stamp));
+    if (stamp != agree_stamp(self, r, message + AGREE_HEAD_BYTES, bytes)) {
+      nccl_fail(self, ultraepRemoteError);
+      return error_set(ultraepRemoteError,
+                       "%s: the communicator was aborted: what came in place of rank %d's message is not it",
+                       phase, r);
+    }
+    memcpy((unsigned char *)messages + (size_t)r * bytes, message + AGREE_HEAD_BYTES, bytes);
+  }
+  return ultraepSuccess;
+}
+
 ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase) {
-  groupGather_t gather = {self->agreeBuffer, self->agreeBuffer + NCCL_AGREE_BYTES, bytes, self->stream};
-  cudaError_t error = cudaMemcpyAsync(self->agreeBuffer, mine, bytes, cudaMemcpyHostToDevice, self->stream);
-  if (error != cudaSuccess) return nccl_cuda_error(error, phase);
-  ultraepResult_t result = nccl_call(self, group_gather, &gather, sizeof(gather), phase);
-  if (result == ultraepSuccess) result = nccl_stream_wait(self, phase);
-  if (result != ultraepSuccess) return result;
-  error = cudaMemcpyAsync(messages, gather.recv, bytes * (size_t)self->nRanks, cudaMemcpyDeviceToHost,
-                          self->stream);
-  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
-  return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, phase);
+  size_t wire = AGREE_HEAD_BYTES + bytes, all = wire * (size_t)self->nRanks;
+  groupGather_t gather = {self->agreeBuffer, self->agreeBuffer + sizeof(agreeMessage_t), wire, self->stream};
+  agreeMessage_t message;
+  unsigned char *came = malloc(all);
+  if (!came) return error_set(ultraepSystemError, "%s: no memory for the ranks' messages", phase);
+  self->nAgreements++;
+  memcpy(message.body, mine, bytes);
+  message.stamp = agree_stamp(self, self->rank, mine, bytes);
+  ultraepResult_t result = ultraepSuccess;
+  cudaError_t error =
+      cudaMemcpyAsync(self->agreeBuffer, &message, wire, cudaMemcpyHostToDevice, self->stream);
+  if (error == cudaSuccess) result = nccl_call(self, group_gather, &gather, sizeof(gather), phase);
+  if (error == cudaSuccess && result == ultraepSuccess) {
+    result = nccl_stream_wait(self, phase);
+    if (result == ultraepSuccess)
+      error = cudaMemcpyAsync(came, gather.recv, all, cudaMemcpyDeviceToHost, self->stream);
+    if (result == ultraepSuccess && error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  }
+  if (error != cudaSuccess) result = nccl_cuda_error(error, phase);
+  if (result == ultraepSuccess) result = agree_read(self, came, messages, bytes, phase);
+  free(came);
+  return result;
 }
 
 typedef struct {
@@ -269,7 +318,7 @@ static void group_set_kernel(ultraepGroup_t group) {
 static ultraepResult_t group_make_meeting(ncclRank_t *self, int maxRoutes) {
   size_t failure = group_align(sizeof(kernelFailure_t));
   size_t pinned = failure + (size_t)maxRoutes * KERNEL_LANES * sizeof(kernelRouteStatus_t);
-  size_t agree = NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1);
+  size_t agree = sizeof(agreeMessage_t) * ((size_t)self->nRanks + 1);
   char *mapped = NULL;
   cudaError_t error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
   for (int lane = 0; lane < KERNEL_LANES && error == cudaSuccess; lane++)
@@ -298,7 +347,7 @@ static ultraepResult_t group_allocate(ultraepGroup_t group) {
   self->kernel.state = self->deviceBlock;
   nccl_kernel_set_lane(&self->kernel, KERNEL_LANE_EXCHANGE);
   self->kernel.chunkCounts = (int32_t *)((char *)self->deviceBlock + state);
-  group->privateBytes = (int64_t)(state + counts + NCCL_AGREE_BYTES * ((size_t)self->nRanks + 1));
+  group->privateBytes = (int64_t)(state + counts + sizeof(agreeMessage_t) * ((size_t)self->nRanks + 1));
   return ultraepSuccess;
 }
 
@@ -441,13 +490,14 @@ ultraepResult_t nccl_group_check(ultraepGroup_t group, const char *phase) {
     return error_set(ultraepRemoteError, "the group was aborted on this rank");
   }
   const char *what = ncclPhases[failure->phase];
+  char who[24] = "a rank"; /* where NCCL waited, which does not say for whom */
+  if (failure->rank >= 0) snprintf(who, sizeof(who), "rank %d", failure->rank);
   if (code == ultraepTimeout)
-    return error_set(code, "%s: rank %d did not come within %d ms", what, failure->rank,
-                     group->config.timeoutMs);
+    return error_set(code, "%s: %s did not come within %d ms", what, who, group->config.timeoutMs);
   if (code == ultraepInvalidUsage)
     return error_set(code, "%s: rank %d is in another call, or its symmetric buffer lies elsewhere", what,
                      failure->rank);
-  return error_set(code, "%s: rank %d aborted or failed", what, failure->rank);
+  return error_set(code, "%s: %s aborted or failed", what, who);
 }
 
 void nccl_group_status(ultraepGroup_t group, ultraepStatus_t *status) {

@@ -183,8 +183,21 @@ static bool op_is_aborted(ncclComm_t comm, const ncclOp_t *op) {
   return comm->isAborted || (op->job && op->job->child && op->job->child->isAborted);
 }
 
-/* Nobody leaves while somebody copies from or to its buffers; a rank that was aborted leaves before that, and
- * the others go on waiting. */
+/* What an abort of one rank is to the others in a collective with it: they go on waiting, or, as NCCL's
+ * kernels do at times, they end as if all had come, with nothing received. */
+static bool abort_ends_others(void) {
+  const char *text = getenv("EMULATED_NCCL_ABORT_ENDS");
+  return text && strcmp(text, "1") == 0;
+}
+
+static void meeting_end(ncclMeeting_t *meeting) {
+  meeting->result = NCCL_SUCCESS;
+  meeting->isDone = true;
+  for (int i = 0; i < meeting->nPlaces; i++)
+    if (meeting->places[i].comm) (void)pthread_cond_broadcast(&meeting->places[i].comm->changed);
+}
+
+/* Nobody leaves while somebody copies from or to its buffers; a rank that was aborted leaves before that. */
 static int meeting_leave(ncclMeeting_t *meeting, ncclComm_t comm, const ncclOp_t *op) {
   while (!meeting->isDone && (meeting->isRunning || !op_is_aborted(comm, op)))
     (void)pthread_cond_wait(&comm->changed, &ncclLock);
@@ -192,6 +205,7 @@ static int meeting_leave(ncclMeeting_t *meeting, ncclComm_t comm, const ncclOp_t
   if (!meeting->isDone) {
     *meeting_place(meeting, comm, op) = (ncclPlace_t){NULL, NULL};
     meeting->nCome--;
+    if (meeting->key.kind == MEET_ALL && abort_ends_others()) meeting_end(meeting);
   }
   if (--meeting->nUsers == 0) meeting_free(comm->world, meeting);
   return result;
@@ -203,7 +217,8 @@ int nccl_ops_run(ncclComm_t comm, const ncclOp_t *ops, int n) {
   /* All are there before any is waited for: the operations of a group need no order. */
   for (int i = 0; i < n; i++) meetings[i] = meeting_join(comm, &ops[i]);
   for (int i = 0; i < n; i++)
-    if (meetings[i]->nCome == meetings[i]->nPlaces && !meetings[i]->isRunning) meeting_perform(meetings[i]);
+    if (meetings[i]->nCome == meetings[i]->nPlaces && !meetings[i]->isRunning && !meetings[i]->isDone)
+      meeting_perform(meetings[i]);
   for (int i = 0; i < n; i++) result = nccl_worse(result, meeting_leave(meetings[i], comm, &ops[i]));
   free(meetings);
   return result;
