@@ -438,6 +438,8 @@ template <bool kHasJobs>
 __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int warp, int nWarps,
                                  bool hasBulk) {
   constexpr int kPolls = 256; // between looks
+  // Of warps without lanes: where they move nothing, they slow down those that do, awake.
+  const uint32_t idleNs = hasBulk ? 1000 : 40;
   P2pClock clock;
   uint32_t isDone = 0; // of up to 32 lanes
   int nMine = 0, nOver = 0;
@@ -471,7 +473,7 @@ __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int 
       if (__any_sync(kFullWarp, over)) return;
       bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;
       if (__any_sync(kFullWarp, jobs)) some |= moveByWarp(c, gridDim.x);
-      if (nOver == nMine && !some) __nanosleep(40);
+      if (nOver == nMine && !some) __nanosleep(idleNs);
     }
     if (some) {
       clock.since = 0;
