@@ -99,13 +99,17 @@ typedef struct {
 } agreeMessage_t;
 #define AGREE_HEAD_BYTES offsetof(agreeMessage_t, body)
 
-/* What a message is known by: agreement, rank and body (FNV-1a, 64 bits). */
-static uint64_t agree_stamp(const ncclRank_t *self, int rank, const void *body, size_t bytes) {
-  const uint64_t words[] = {self->nAgreements, (uint64_t)rank, bytes};
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (size_t i = 0; i < sizeof(words); i++)
-    hash = (hash ^ ((const unsigned char *)words)[i]) * 0x100000001b3u;
-  for (size_t i = 0; i < bytes; i++) hash = (hash ^ ((const unsigned char *)body)[i]) * 0x100000001b3u;
+/* What a message is known by: agreement, rank and body (FNV-1a over words of 64 bits). */
+static uint64_t agree_stamp(const ncclRank_t *self, int rank, const unsigned char *body, size_t bytes) {
+  const uint64_t prime = 0x100000001b3u;
+  uint64_t hash = (0xcbf29ce484222325u ^ self->nAgreements) * prime;
+  hash = (hash ^ (uint64_t)rank) * prime;
+  hash = (hash ^ bytes) * prime;
+  for (size_t i = 0; i < bytes; i += sizeof(uint64_t)) {
+    uint64_t word = 0;
+    memcpy(&word, body + i, bytes - i < sizeof(word) ? bytes - i : sizeof(word));
+    hash = (hash ^ word) * prime;
+  }
   return hash;
 }
 
@@ -138,7 +142,7 @@ ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, s
   if (!came) return error_set(ultraepSystemError, "%s: no memory for the ranks' messages", phase);
   self->nAgreements++;
   memcpy(message.body, mine, bytes);
-  message.stamp = agree_stamp(self, self->rank, mine, bytes);
+  message.stamp = agree_stamp(self, self->rank, message.body, bytes);
   ultraepResult_t result = ultraepSuccess;
   cudaError_t error =
       cudaMemcpyAsync(self->agreeBuffer, &message, wire, cudaMemcpyHostToDevice, self->stream);
