@@ -99,6 +99,11 @@ typedef struct {
 } agreeMessage_t;
 #define AGREE_HEAD_BYTES offsetof(agreeMessage_t, body)
 
+/* Of device memory: this rank's message and every rank's. */
+static size_t agree_buffer_bytes(const ncclRank_t *self) {
+  return sizeof(agreeMessage_t) * ((size_t)self->nRanks + 1);
+}
+
 /* What a message is known by: agreement, rank and body (FNV-1a over words of 64 bits). */
 static uint64_t agree_stamp(const ncclRank_t *self, int rank, const unsigned char *body, size_t bytes) {
   const uint64_t prime = 0x100000001b3u;
@@ -133,27 +138,31 @@ static ultraepResult_t agree_read(ncclRank_t *self, const unsigned char *came, v
   return ultraepSuccess;
 }
 
+/* Gives every rank's `wire` bytes to all. */
+static ultraepResult_t agree_gather(ncclRank_t *self, const agreeMessage_t *mine, unsigned char *came,
+                                    size_t wire, const char *phase) {
+  groupGather_t gather = {self->agreeBuffer, self->agreeBuffer + sizeof(*mine), wire, self->stream};
+  cudaError_t error = cudaMemcpyAsync(self->agreeBuffer, mine, wire, cudaMemcpyHostToDevice, self->stream);
+  if (error != cudaSuccess) return nccl_cuda_error(error, phase);
+  ultraepResult_t result = nccl_call(self, group_gather, &gather, sizeof(gather), phase);
+  if (result == ultraepSuccess) result = nccl_stream_wait(self, phase);
+  if (result != ultraepSuccess) return result;
+  error =
+      cudaMemcpyAsync(came, gather.recv, wire * (size_t)self->nRanks, cudaMemcpyDeviceToHost, self->stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
+  return error == cudaSuccess ? ultraepSuccess : nccl_cuda_error(error, phase);
+}
+
 ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase) {
-  size_t wire = AGREE_HEAD_BYTES + bytes, all = wire * (size_t)self->nRanks;
-  groupGather_t gather = {self->agreeBuffer, self->agreeBuffer + sizeof(agreeMessage_t), wire, self->stream};
+  size_t wire = AGREE_HEAD_BYTES + bytes;
   agreeMessage_t message;
-  unsigned char *came = malloc(all);
+  unsigned char *came = malloc(wire * (size_t)self->nRanks);
   if (!came) return error_set(ultraepSystemError, "%s: no memory for the ranks' messages", phase);
   self->nAgreements++;
   memcpy(message.body, mine, bytes);
   message.stamp = agree_stamp(self, self->rank, message.body, bytes);
-  ultraepResult_t result = ultraepSuccess;
-  cudaError_t error =
-      cudaMemcpyAsync(self->agreeBuffer, &message, wire, cudaMemcpyHostToDevice, self->stream);
-  if (error == cudaSuccess) result = nccl_call(self, group_gather, &gather, sizeof(gather), phase);
-  if (error == cudaSuccess && result == ultraepSuccess) {
-    result = nccl_stream_wait(self, phase);
-    if (result == ultraepSuccess)
-      error = cudaMemcpyAsync(came, gather.recv, all, cudaMemcpyDeviceToHost, self->stream);
-    if (result == ultraepSuccess && error == cudaSuccess) error = cudaStreamSynchronize(self->stream);
-  }
-  if (error != cudaSuccess) result = nccl_cuda_error(error, phase);
+  ultraepResult_t result = agree_gather(self, &message, came, wire, phase);
   if (result == ultraepSuccess) result = agree_read(self, came, messages, bytes, phase);
   free(came);
   return result;
@@ -322,7 +331,6 @@ static void group_set_kernel(ultraepGroup_t group) {
 static ultraepResult_t group_make_meeting(ncclRank_t *self, int maxRoutes) {
   size_t failure = group_align(sizeof(kernelFailure_t));
   size_t pinned = failure + (size_t)maxRoutes * KERNEL_LANES * sizeof(kernelRouteStatus_t);
-  size_t agree = sizeof(agreeMessage_t) * ((size_t)self->nRanks + 1);
   char *mapped = NULL;
   cudaError_t error = cudaStreamCreateWithFlags(&self->stream, cudaStreamNonBlocking);
   for (int lane = 0; lane < KERNEL_LANES && error == cudaSuccess; lane++)
@@ -335,7 +343,7 @@ static ultraepResult_t group_make_meeting(ncclRank_t *self, int maxRoutes) {
   self->statuses = (kernelRouteStatus_t *)((char *)self->pinned + failure);
   self->deviceFailure = (kernelFailure_t *)mapped;
   self->deviceStatuses = (kernelRouteStatus_t *)(mapped + failure);
-  self->agreeBuffer = nccl_device_alloc(self, agree, "a group's messages");
+  self->agreeBuffer = nccl_device_alloc(self, agree_buffer_bytes(self), "a group's messages");
   return self->agreeBuffer ? ultraepSuccess : ultraepUnhandledCudaError;
 }
 
@@ -351,7 +359,7 @@ static ultraepResult_t group_allocate(ultraepGroup_t group) {
   self->kernel.state = self->deviceBlock;
   nccl_kernel_set_lane(&self->kernel, KERNEL_LANE_EXCHANGE);
   self->kernel.chunkCounts = (int32_t *)((char *)self->deviceBlock + state);
-  group->privateBytes = (int64_t)(state + counts + sizeof(agreeMessage_t) * ((size_t)self->nRanks + 1));
+  group->privateBytes = (int64_t)(state + counts + agree_buffer_bytes(self));
   return ultraepSuccess;
 }
 
@@ -499,8 +507,7 @@ ultraepResult_t nccl_group_check(ultraepGroup_t group, const char *phase) {
   if (code == ultraepTimeout)
     return error_set(code, "%s: %s did not come within %d ms", what, who, group->config.timeoutMs);
   if (code == ultraepInvalidUsage)
-    return error_set(code, "%s: rank %d is in another call, or its symmetric buffer lies elsewhere", what,
-                     failure->rank);
+    return error_set(code, "%s: %s is in another call, or its symmetric buffer lies elsewhere", what, who);
   return error_set(code, "%s: %s aborted or failed", what, who);
 }
 

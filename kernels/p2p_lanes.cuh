@@ -438,7 +438,7 @@ template <bool kHasJobs>
 __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int warp, int nWarps,
                                  bool hasBulk) {
   constexpr int kPolls = 256; // between looks
-  // Of warps without lanes: where they move nothing, they slow down those that do, awake.
+  // How long warps without lanes sleep: awake, they slow down those that move by bulk copies.
   const uint32_t idleNs = hasBulk ? 1000 : 40;
   P2pClock clock;
   uint32_t isDone = 0; // of up to 32 lanes

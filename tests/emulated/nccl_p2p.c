@@ -152,24 +152,30 @@ static int op_transfer(const ncclOp_t *send, const ncclOp_t *recv) {
 
 /* ---- a rank at its meetings; with the lock ---- */
 
-static void meeting_perform(ncclMeeting_t *meeting) {
-  const ncclPlace_t *places = meeting->places;
-  meeting->isRunning = true;
-  if (meeting->key.kind == MEET_HOST) {
-    meeting->result = nccl_host_perform(places, meeting->nPlaces);
-  } else {
-    nccl_unlock();
-    int result = meeting->key.kind == MEET_PAIR ? op_transfer(places[0].op, places[1].op)
-                                                : op_collective(places, meeting->nPlaces);
-    nccl_lock();
-    meeting->result = result;
-  }
+static void meeting_end(ncclMeeting_t *meeting, int result) {
+  meeting->result = result;
   meeting->isDone = true;
   for (int i = 0; i < meeting->nPlaces; i++) {
-    ncclComm_t comm = places[i].comm;
-    if (meeting->result != NCCL_SUCCESS && meeting->key.kind != MEET_HOST) comm->result = meeting->result;
+    ncclComm_t comm = meeting->places[i].comm;
+    if (!comm) continue; /* it was aborted */
+    if (result != NCCL_SUCCESS && meeting->key.kind != MEET_HOST) comm->result = result;
     (void)pthread_cond_broadcast(&comm->changed);
   }
+}
+
+static void meeting_perform(ncclMeeting_t *meeting) {
+  const ncclPlace_t *places = meeting->places;
+  int result;
+  meeting->isRunning = true;
+  if (meeting->key.kind == MEET_HOST) {
+    result = nccl_host_perform(places, meeting->nPlaces);
+  } else {
+    nccl_unlock();
+    result = meeting->key.kind == MEET_PAIR ? op_transfer(places[0].op, places[1].op)
+                                            : op_collective(places, meeting->nPlaces);
+    nccl_lock();
+  }
+  meeting_end(meeting, result);
 }
 
 static void meeting_free(ncclWorld_t *world, ncclMeeting_t *meeting) {
@@ -190,13 +196,6 @@ static bool abort_ends_others(void) {
   return text && strcmp(text, "1") == 0;
 }
 
-static void meeting_end(ncclMeeting_t *meeting) {
-  meeting->result = NCCL_SUCCESS;
-  meeting->isDone = true;
-  for (int i = 0; i < meeting->nPlaces; i++)
-    if (meeting->places[i].comm) (void)pthread_cond_broadcast(&meeting->places[i].comm->changed);
-}
-
 /* Nobody leaves while somebody copies from or to its buffers; a rank that was aborted leaves before that. */
 static int meeting_leave(ncclMeeting_t *meeting, ncclComm_t comm, const ncclOp_t *op) {
   while (!meeting->isDone && (meeting->isRunning || !op_is_aborted(comm, op)))
@@ -205,7 +204,7 @@ static int meeting_leave(ncclMeeting_t *meeting, ncclComm_t comm, const ncclOp_t
   if (!meeting->isDone) {
     *meeting_place(meeting, comm, op) = (ncclPlace_t){NULL, NULL};
     meeting->nCome--;
-    if (meeting->key.kind == MEET_ALL && abort_ends_others()) meeting_end(meeting);
+    if (meeting->key.kind == MEET_ALL && abort_ends_others()) meeting_end(meeting, NCCL_SUCCESS);
   }
   if (--meeting->nUsers == 0) meeting_free(comm->world, meeting);
   return result;
