@@ -86,6 +86,9 @@ const char *gpu_compare_segments(ultraepRoute_t host, ultraepRoute_t device, cud
 const char *gpu_compare_plans(ultraepRoute_t host, ultraepRoute_t device);
 const char *gpu_compare_counters(ultraepGroup_t host, ultraepGroup_t device);
 
+/* Collective: a whole exchange on a new group of the communicator is right. */
+const char *gpu_check_usable(gpuWorld_t *world, int rank);
+
 /* A small shape of the given number of ranks: bf16, some ranks with fewer tokens and one with none, rows for
  * the worst case. */
 gpuShape_t gpu_shape_small(int nRanks);
