@@ -352,27 +352,3 @@ const char *gpu_compare_counters(ultraepGroup_t host, ultraepGroup_t device) {
              (long long)b.combineBytes, (long long)a.combineBytes);
   return NULL;
 }
-
-const char *gpu_check_usable(gpuWorld_t *world, int rank) {
-  gpuShape_t shape = gpu_shape_small(world->nRanks);
-  shape.config.dispatchMode = ULTRAEP_DISPATCH_DIRECT;
-  shape.config.combineMode = ULTRAEP_COMBINE_EXACT;
-  gpuSide_t host, device;
-  gpuData_t data;
-  planner_random_t random = {(uint64_t)rank + 7};
-  RANK_DO(gpu_side_make(world, &shape, rank, false, &host));
-  RANK_DO(gpu_side_make(world, &shape, rank, true, &device));
-  RANK_DO(gpu_data_make(&shape, rank, device.nRows, true, &data));
-  RANK_MEET(world);
-  gpu_data_fill(&shape, GPU_LOADS_SKEW, &data, &random);
-  RANK_DO(gpu_host_run(&host, &data));
-  RANK_DO(gpu_device_enqueue(&device, &data, false, world->streams[rank]));
-  RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
-  RANK_DO(gpu_compare_data(&shape, &data));
-  RANK_MEET(world);
-  gpu_data_free(&data);
-  RANK_DO(gpu_side_free(&device));
-  RANK_DO(gpu_side_free(&host));
-  RANK_MEET(world);
-  return NULL;
-}
