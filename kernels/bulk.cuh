@@ -53,6 +53,22 @@ __device__ __forceinline__ bool barrierTest(uint64_t *barrier, uint32_t phase) {
   return done;
 }
 
+// Ends the barrier's phase, where no copy does.
+__device__ __forceinline__ void barrierArrive(uint64_t *barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(sharedAddress(barrier))
+               : "memory");
+}
+// Whether a phase of the barrier is over; sleeps until it is, but not for ever.
+__device__ __forceinline__ bool barrierSleep(uint64_t *barrier, uint32_t phase, uint32_t ns) {
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2, %3;\n"
+               " selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(sharedAddress(barrier)), "r"(phase), "r"(ns)
+               : "memory");
+  return done;
+}
+
 __device__ __forceinline__ void bulkStore(void *global, const void *shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                "r"(sharedAddress(shared)), "r"(bytes)

@@ -64,7 +64,7 @@ typedef struct {
   uint64_t bytes; /* of the send, unless the word tells */
   /* (transfer number + 1) << KERNEL_P2P_MARK_BITS, plus 1 when direct, and then plus 4 when it has as many
    * bytes as were posted; or, of at most eagerBytes, plus 2 and bytes << 2: such a transfer is in its stage.
-   * Written last. */
+   * Written last; before, a direct transfer has plus 4 alone from its begin. */
   uint64_t number;
 } kernelP2pMark_t;
 
@@ -132,6 +132,16 @@ typedef struct {
   int32_t isRecv;
 } kernelP2pLane_t;
 
+/* Which kernel of this rank comes before a group's in its stream. Where one of them begins while the other is
+ * not over, that saves the time of a launch; but then both have their blocks on SMs, though the later one
+ * only waits. A small group's two have half of nBlocks each at most. A large group's kernel lets the next one
+ * come once every peer that it still waits for has begun: so what the next one takes, nobody waits for. */
+typedef enum {
+  KERNEL_P2P_APART,       /* unknown, or in a graph: begins after it */
+  KERNEL_P2P_AFTER_SMALL, /* kernelP2pIsLarge said 0 */
+  KERNEL_P2P_AFTER_LARGE
+} kernelP2pBefore_t;
+
 /* What a rank does in one kernel; at most one lane for each (peer, direction). Groups that fit are given to
  * the kernel as its argument; others (kernelP2pFits false) must lie in memory that the device can read until
  * the kernel has run, for every replay. */
@@ -139,6 +149,7 @@ typedef struct {
   const kernelP2pLane_t *lanes;
   const kernelP2pOp_t *ops;
   int32_t nLanes, nOps;
+  int32_t before; /* kernelP2pBefore_t */
 } kernelP2pGroup_t;
 
 typedef struct {
@@ -153,6 +164,7 @@ size_t kernelP2pStateBytes(const kernelP2pGeometry_t *geometry);
 int kernelP2pFits(int32_t nLanes, int32_t nOps); /* 1: lanes and ops may lie in any host memory */
 /* Loads the kernels for the current device (see kernelsLoad). */
 int kernelP2pLoad(void);
+int kernelP2pIsLarge(const kernelP2p_t *p2p, const kernelP2pGroup_t *group); /* 1: it is */
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream);
 /* Makes the stream wait until that many kernels of this rank have ended since its state was made: an order
  * between streams that costs nothing where it is not needed. After an abort it waits some seconds at most, as

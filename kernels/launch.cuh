@@ -10,6 +10,7 @@ struct Launch {
   int nBlocks, nThreads;
   size_t sharedBytes; // beyond what the kernel declares
   cudaStream_t stream;
+  bool overlaps = false; // its blocks may be put on SMs before the kernel before is over, if that lets them
 };
 
 // The kernel says what the types are; the arguments follow.
@@ -19,8 +20,13 @@ template <typename... Parameters>
 cudaError_t launchKernel(void (*kernel)(Parameters...), const Launch &launch,
                          const typename Given<Parameters>::Type &...arguments) {
   void *addresses[] = {const_cast<void *>(static_cast<const void *>(&arguments))...};
-  return cudaLaunchKernel(kernelAddress(kernel), dim3(launch.nBlocks), dim3(launch.nThreads), addresses,
-                          launch.sharedBytes, launch.stream);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {
+      dim3(launch.nBlocks),     dim3(launch.nThreads), launch.sharedBytes, launch.stream, &overlap,
+      launch.overlaps ? 1u : 0u};
+  return cudaLaunchKernelExC(&config, kernelAddress(kernel), addresses);
 }
 
 } // namespace ultraep

@@ -6,8 +6,6 @@
 
 namespace ultraep {
 
-constexpr int kP2pThreads = 512;
-constexpr int kP2pWarps = kP2pThreads / kWarp;
 constexpr int kP2pMovers = 3; // warps of a block that move by bulk copies
 constexpr size_t kP2pStatic =
     2048 + kP2pMaxLanes * sizeof(P2pLaneState); // shared memory that the kernel declares, at most
@@ -40,6 +38,15 @@ enum P2pForm {
   kP2pPortable, // jobs are moved by warps
   kP2pBulk
 };
+// Of a block. With bulk copies few warps have anything to do, and the fewer there are, the sooner it begins.
+template <P2pForm kForm> constexpr int kP2pWarps = kForm == kP2pBulk ? 8 : 16;
+template <P2pForm kForm> constexpr int kP2pThreads = kP2pWarps<kForm> *kWarp;
+static_assert(kP2pMaxLanes <= 64 * (kP2pWarps<kP2pBulk> - kP2pMovers), "mindLanes counts so many");
+
+// Whether a kernel of so many blocks leaves as many to the next one.
+__host__ __device__ inline bool sharesSms(const kernelP2p_t &p, int nBlocks) {
+  return 2 * nBlocks <= p.nBlocks;
+}
 
 // The last block leaves everything ready for the next kernel.
 __device__ inline void leaveP2p(const P2pContext &c) {
@@ -54,7 +61,7 @@ __device__ inline void leaveP2p(const P2pContext &c) {
 }
 
 template <P2pForm kForm, typename Where>
-__global__ void __launch_bounds__(kP2pThreads, 1)
+__global__ void __launch_bounds__(kP2pThreads<kForm>, 1)
     p2pKernel(const __grid_constant__ kernelP2p_t p, const __grid_constant__ kernelP2pLayout_t layout,
               const __grid_constant__ kernelP2pGroup_t group, const __grid_constant__ Where where) {
   extern __shared__ __align__(128) char p2pMemory[];
@@ -64,21 +71,26 @@ __global__ void __launch_bounds__(kP2pThreads, 1)
   if constexpr (kForm == kP2pBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     __shared__ P2pPipe pipe;
+    __shared__ P2pBlock block;
     uint32_t nStages =
         min(uint32_t(kP2pMostStages), uint32_t(p.sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
     if (threadIdx.x == 0) {
       for (uint32_t i = 0; i < nStages; i++) barrierInit(&pipe.full[i]);
+      block.begin(c.nLanes);
       barrierInitFence();
       pipe.nTaken = pipe.nBegun = pipe.nLoaded = pipe.nFreed = pipe.isTakenAll = pipe.isLoadedAll = 0;
     }
     __syncthreads();
+    awaitKernelBefore();
     if (warp < kP2pMovers)
-      moveByBulk(c, pipe, p2pMemory, nStages);
+      moveByBulk(c, pipe, block, p2pMemory, nStages);
     else
-      mindLanes<true>(c, states, warp - kP2pMovers, kP2pWarps - kP2pMovers, true);
+      mindLanes<true>(c, states, warp - kP2pMovers, kP2pWarps<kForm> - kP2pMovers, &block);
 #endif
   } else {
-    mindLanes<kForm != kP2pSmall>(c, states, warp, kP2pWarps, false);
+    awaitKernelBefore();
+    if (kForm == kP2pSmall && sharesSms(c.p, gridDim.x)) letKernelAfterBegin();
+    mindLanes<kForm != kP2pSmall>(c, states, warp, kP2pWarps<kForm>, nullptr);
   }
   leaveP2p(c);
 }
@@ -110,29 +122,31 @@ cudaError_t launch(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const 
   where.fill(group);
   uint32_t nStages =
       std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
+  bool overlaps = p->hasBulk &&
+                  (group.before == KERNEL_P2P_AFTER_LARGE ||
+                   (group.before == KERNEL_P2P_AFTER_SMALL && kForm == kP2pSmall && sharesSms(*p, nBlocks)));
   size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pStageRoom) : 0;
-  return launchKernel(p2pKernel<kForm, Where>, {nBlocks, kP2pThreads, bytes, stream}, *p, layout, group,
-                      where);
+  return launchKernel(p2pKernel<kForm, Where>, {nBlocks, kP2pThreads<kForm>, bytes, stream, overlaps}, *p,
+                      layout, group, where);
 }
 
 template <typename Where>
 cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const kernelP2pGroup_t &group,
                        cudaStream_t stream) {
-  bool small = true;
   uint64_t bytes = 0;
-  for (int i = 0; i < group.nOps; i++) {
-    small = small && group.ops[i].bytes <= p->geometry.eagerBytes;
-    bytes += group.ops[i].bytes;
-  }
-  if (small) {
+  for (int i = 0; i < group.nOps; i++) bytes += group.ops[i].bytes;
+  if (!kernelP2pIsLarge(p, &group)) {
     // One block where it will do: it need not meet others at the end.
-    int64_t forLanes = (group.nLanes + kP2pWarps - 1) / kP2pWarps, forBytes = int64_t(bytes / kP2pSmallShare);
-    int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max(forLanes, forBytes)));
+    constexpr int kWarps = kP2pWarps<kP2pSmall>;
+    int64_t forLanes = (group.nLanes + kWarps - 1) / kWarps, forBytes = int64_t(bytes / kP2pSmallShare);
+    int most = p->hasBulk ? std::max(p->nBlocks / 2, 1) : p->nBlocks; // the next one has as many
+    int nBlocks = int(std::min<int64_t>(most, std::max(forLanes, forBytes)));
     if (P2pFew::fits(group.nLanes, group.nOps))
       return launch<kP2pSmall, P2pFew>(p, layout, group, nBlocks, stream);
     return launch<kP2pSmall, Where>(p, layout, group, nBlocks, stream);
   }
-  int forLanes = (group.nLanes + kP2pWarps - kP2pMovers - 1) / (kP2pWarps - kP2pMovers);
+  constexpr int kWarps = kP2pWarps<kP2pBulk> - kP2pMovers;
+  int forLanes = (group.nLanes + kWarps - 1) / kWarps;
   int64_t forBytes = int64_t(bytes / kP2pLeastChunk) + 1;
   int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max<int64_t>(forBytes, forLanes)));
   if (p->hasBulk && P2pFew::fits(group.nLanes, group.nOps))
@@ -179,6 +193,11 @@ int kernelP2pLoad(void) {
        kernelAddress(p2pKernel<kP2pPortable, P2pElsewhere>), kernelAddress(p2pKernel<kP2pBulk, P2pFew>),
        kernelAddress(p2pKernel<kP2pBulk, P2pMany>), kernelAddress(p2pKernel<kP2pBulk, P2pElsewhere>),
        kernelAddress(leaveKernel), kernelAddress(awaitKernel)});
+}
+
+int kernelP2pIsLarge(const kernelP2p_t *p2p, const kernelP2pGroup_t *group) {
+  return std::any_of(group->ops, group->ops + group->nOps,
+                     [&](const kernelP2pOp_t &op) { return op.bytes > p2p->geometry.eagerBytes; });
 }
 
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream) {

@@ -231,8 +231,8 @@ struct P2pPackets {
 // Moves a chunk that bulk copies cannot, if there is one.
 __device__ inline bool moveByWarp(const P2pContext &c, uint32_t nMovers) {
   P2pChunk mine;
-  bool isOver;
-  unsigned taken = takeSome(c, nMovers, true, 1, mine, &isOver);
+  P2pLook kernel;
+  unsigned taken = takeSome(c, nMovers, true, 1, mine, &kernel);
   if (taken == 0) return false;
   int winner = __ffs(taken) - 1;
   auto to = reinterpret_cast<char *>(__shfl_sync(kFullWarp, reinterpret_cast<uintptr_t>(mine.to), winner));
@@ -277,21 +277,25 @@ struct P2pPipe {
 };
 
 // By a warp.
-__device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
-  uint32_t taken = 0;
+__device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe, P2pBlock &block) {
+  constexpr int kLook = 16; // waits between looks
+  uint32_t taken = 0, nWaits = 0;
   bool isLarge = false; // what was taken last: then one ahead will do, and others may have the rest
+  P2pLook kernel = {false, false};
   for (;;) {
     uint32_t room = __shfl_sync(kFullWarp, kP2pAhead - (taken - loadAcquireBlock(&pipe.nBegun)), 0);
-    if (room == 0 || (isLarge && room < kP2pAhead)) {
-      __nanosleep(50);
-      continue;
-    }
-    P2pChunk chunk;
-    bool isOver;
-    unsigned mine = takeSome(c, gridDim.x, false, room, chunk, &isOver);
-    if (isOver) break;
+    bool waits = room == 0 || (isLarge && room < kP2pAhead), hadWarpJobs = kernel.hasWarpJobs;
+    P2pChunk chunk = {};
+    unsigned mine = 0;
+    if (!waits)
+      mine = takeSome(c, gridDim.x, false, room, chunk, &kernel);
+    else if (++nWaits % kLook == 0)
+      kernel = lookAtKernel(c);
+    if (__any_sync(kFullWarp, kernel.isOver)) break;
+    if (threadIdx.x % kWarp == 0 && kernel.hasWarpJobs != hadWarpJobs)
+      block.tell(&block.hasWarpJobs, kernel.hasWarpJobs);
     if (mine == 0) {
-      __nanosleep(32);
+      __nanosleep(waits ? 50 : 32);
       continue;
     }
     if (chunk.from)
@@ -301,7 +305,10 @@ __device__ inline void takeChunks(const P2pContext &c, P2pPipe &pipe) {
     __syncwarp();
     if (threadIdx.x % kWarp == 0) storeReleaseBlock(&pipe.nTaken, taken);
   }
-  if (threadIdx.x % kWarp == 0) storeReleaseBlock(&pipe.isTakenAll, 1);
+  if (threadIdx.x % kWarp == 0) {
+    storeReleaseBlock(&pipe.isTakenAll, 1);
+    block.tell(&block.isOver, true);
+  }
 }
 
 // Tiles end where lines of the destination do, and are loaded from where a line of the source begins: what
@@ -379,10 +386,11 @@ __device__ inline void storeTiles(P2pPipe &pipe, const char *buffers, uint32_t n
 }
 
 // By the first kP2pMovers warps of a block.
-__device__ inline void moveByBulk(const P2pContext &c, P2pPipe &pipe, char *buffers, uint32_t nStages) {
+__device__ inline void moveByBulk(const P2pContext &c, P2pPipe &pipe, P2pBlock &block, char *buffers,
+                                  uint32_t nStages) {
   int warp = threadIdx.x / kWarp;
   bool isFirst = threadIdx.x % kWarp == 0;
-  if (warp == 0) takeChunks(c, pipe);
+  if (warp == 0) takeChunks(c, pipe, block);
   if (warp == 1 && isFirst) loadChunks(pipe, buffers, nStages);
   if (warp == 2 && isFirst) storeTiles(pipe, buffers, nStages);
 }

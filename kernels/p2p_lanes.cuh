@@ -23,10 +23,10 @@ template <bool kHasJobs> struct P2pLane {
   int index;
   const kernelP2pLane_t lane;
   P2pLaneState &state;
-  bool hasBulk;
+  P2pBlock *block; // null: no bulk copies
 
-  __device__ P2pLane(const P2pContext &context, int number, P2pLaneState &own, bool bulk)
-      : c(context), index(number), lane(context.lanes[number]), state(own), hasBulk(bulk) {}
+  __device__ P2pLane(const P2pContext &context, int number, P2pLaneState &own, P2pBlock *itsBlock)
+      : c(context), index(number), lane(context.lanes[number]), state(own), block(itsBlock) {}
 
   // Before the first step: what earlier kernels have counted. Looked up at once, as memory is far.
   __device__ void begin() const {
@@ -60,7 +60,7 @@ template <bool kHasJobs> struct P2pLane {
     char *other = opening.other;
     uint64_t bytes = opening.bytes, firstChunk = state.chunk;
     P2pJob &job = c.s.jobs[index];
-    bool byWarps = !hasBulk;
+    bool byWarps = !block;
     if (kind == kP2pDirect) {
       bool alike = (reinterpret_cast<uintptr_t>(user) ^ reinterpret_cast<uintptr_t>(other)) % 16 == 0;
       byWarps = byWarps || !alike;
@@ -150,6 +150,7 @@ template <bool kHasJobs> struct P2pLane {
       state.number++;
       state.polls = 0;
       state.units = 0;
+      state.hasBegun = 0;
       if (lane.isRecv) {
         state.isOwed = 1;
         if (!isOver()) {
@@ -241,7 +242,11 @@ template <bool kHasJobs> struct P2pLane {
     __syncwarp();
     if (isFirst()) {
       state.isDirect = to != nullptr;
-      if (!to || isInPlace) storeReleaseSystem(&c.mark(state.peer, c.p.rank, number())->number, word);
+      uint64_t *mark = &c.mark(state.peer, c.p.rank, number())->number;
+      if (!to || isInPlace)
+        storeReleaseSystem(mark, word);
+      else
+        storeRelaxedSystem(mark, (number() + 1) << KERNEL_P2P_MARK_BITS | 4);
     }
     __syncwarp();
     if (isInPlace) return kP2pOver;
@@ -318,6 +323,10 @@ template <bool kHasJobs> struct P2pLane {
     uint64_t word = seeSystem(&at->number), head = __shfl_sync(kFullWarp, packets.head.first, 0);
     bool isPacketed = (head ^ stamp) >> 32 == 0;
     if (!isPacketed && word >> KERNEL_P2P_MARK_BITS != number() + 1) return kP2pNone;
+    if (!isPacketed && (word & 7) == 4) { // it goes directly, and is not there
+      if (isFirst()) state.hasBegun = 1;
+      return kP2pNone;
+    }
     bool isEager = word & 2;
     uint64_t sent = isPacketed   ? uint32_t(head)
                     : isEager    ? (word >> 2) & KERNEL_P2P_MOST_EAGER
@@ -396,7 +405,16 @@ template <bool kHasJobs> struct P2pLane {
     P2pProgress progress = lane.isRecv ? stepRecv(x, opening) : stepSend(x, opening);
     if (kHasJobs && opening.opens) open(reinterpret_cast<char *>(x.address), opening);
     if (progress == kP2pOver) over();
+    if (kHasJobs && block) meet();
     return progress != kP2pNone;
+  }
+  // Once the rest of the lane needs no kernel to begin that may not have.
+  __device__ void meet() const {
+    if (!isFirst() || state.isMet) return;
+    bool hasBegun = state.hasBegun || state.step == kP2pMoving || state.step == kP2pAwaitStage;
+    if (!isOver() && (state.op != lane.n - 1 || !hasBegun)) return;
+    state.isMet = 1;
+    block->meet();
   }
   // After the last transfer: counted for the next kernel.
   __device__ void finish() const {
@@ -433,19 +451,18 @@ struct P2pClock {
 
 // Looks after the block's lanes `warp`, warp + nWarps, .. (its lane k is the kernel's blockIdx.x + k *
 // gridDim.x), and moves what bulk copies cannot, until all lanes of the kernel are over; without jobs until
-// its own are.
+// its own are. block: null where there are no bulk copies.
 template <bool kHasJobs>
 __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int warp, int nWarps,
-                                 bool hasBulk) {
+                                 P2pBlock *block) {
   constexpr int kPolls = 256; // between looks
-  // How long warps without lanes sleep: awake, they slow down those that move by bulk copies.
-  const uint32_t idleNs = hasBulk ? 1000 : 40;
   P2pClock clock;
-  uint32_t isDone = 0; // of up to 32 lanes
+  uint64_t isDone = 0; // of up to 64 lanes
+  uint32_t seen = 0;   // times that the block's warps were woken
   int nMine = 0, nOver = 0;
   auto laneOf = [&](int i) {
     int k = warp + i * nWarps;
-    return P2pLane<kHasJobs>(c, int(blockIdx.x) + k * int(gridDim.x), states[k], hasBulk);
+    return P2pLane<kHasJobs>(c, int(blockIdx.x) + k * int(gridDim.x), states[k], block);
   };
   bool hasFailed = c.hasFailed();
 #pragma unroll 1
@@ -463,17 +480,23 @@ __device__ inline void mindLanes(const P2pContext &c, P2pLaneState *states, int 
       some |= lane.step();
       if (!lane.isOver()) continue;
       lane.finish();
-      isDone |= 1u << i;
+      isDone |= uint64_t(1) << i;
       nOver++;
     }
     if (!kHasJobs && nOver == nMine) return;
     if (__any_sync(kFullWarp, polls % 16 == 0 && c.hasFailed())) return;
     if constexpr (kHasJobs) {
-      bool over = *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes);
-      if (__any_sync(kFullWarp, over)) return;
-      bool jobs = *reinterpret_cast<volatile uint32_t *>(&c.s.nWarpJobs) != 0;
-      if (__any_sync(kFullWarp, jobs)) some |= moveByWarp(c, gridDim.x);
-      if (nOver == nMine && !some) __nanosleep(idleNs);
+      P2pLook kernel =
+          block ? P2pLook{loadAcquireBlock(&block->isOver) != 0, loadAcquireBlock(&block->hasWarpJobs) != 0}
+                : lookAtKernel(c);
+      if (__any_sync(kFullWarp, kernel.isOver)) return;
+      if (__any_sync(kFullWarp, kernel.hasWarpJobs)) some |= moveByWarp(c, gridDim.x);
+      if (nOver == nMine && !some) {
+        if (!block)
+          __nanosleep(40);
+        else if (block->await(seen))
+          seen ^= 1;
+      }
     }
     if (some) {
       clock.since = 0;

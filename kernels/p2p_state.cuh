@@ -2,6 +2,7 @@
 #ifndef ULTRAEP_P2P_STATE_CUH_
 #define ULTRAEP_P2P_STATE_CUH_
 
+#include "bulk.cuh"
 #include "kernel_p2p.h"
 #include "signal.cuh"
 #include "warp.cuh"
@@ -62,10 +63,12 @@ struct P2pLaneState {
   uint64_t markWord;   // that the lane raises when its direct job is done; 0: it does not
   char *own, *peer;    // windows: this rank's, and the other's as seen from here
   int32_t isDirect;
-  int32_t forWarps; // the job has something for them
-  int32_t polls;    // for the transfer's mark
-  uint32_t units;   // of packets that have been copied
-  uint32_t isOwed;  // receives: the sender has not been told that the last transfer is over
+  int32_t forWarps;  // the job has something for them
+  int32_t polls;     // for the transfer's mark
+  uint32_t units;    // of packets that have been copied
+  uint32_t isOwed;   // receives: the sender has not been told that the last transfer is over
+  uint32_t hasBegun; // receives: the sender has, where it goes directly
+  uint32_t isMet;    // of the lane's last transfer the peer's kernel has begun
 };
 
 } // namespace ultraep
@@ -74,8 +77,8 @@ struct kernelP2pState {
   int32_t failed; // ultraepResult_t
   uint32_t left;  // blocks that have finished
   uint32_t lanesOver;
-  uint64_t runs;                                                       // kernels that have ended
   uint32_t nWarpJobs;                                                  // open jobs that warps may take from
+  uint64_t runs;                                                       // kernels that have ended
   uint64_t sent[KERNEL_P2P_MAX_RANKS], received[KERNEL_P2P_MAX_RANKS]; // transfers that are over
   uint64_t sentChunks[KERNEL_P2P_MAX_RANKS], receivedChunks[KERNEL_P2P_MAX_RANKS];
   uint64_t room[KERNEL_P2P_MAX_RANKS], over[KERNEL_P2P_MAX_RANKS]; // as in P2pLaneState
@@ -83,6 +86,9 @@ struct kernelP2pState {
   ultraep::P2pJob jobs[ultraep::kP2pMaxLanes];
   kernelP2pMap_t maps[KERNEL_P2P_MAX_RANKS][KERNEL_P2P_SLOTS]; // what was seen of the host's
 };
+
+static_assert(offsetof(kernelP2pState, failed) % 16 == 0 && offsetof(kernelP2pState, nWarpJobs) == 12,
+              "looked at at once");
 
 namespace ultraep {
 
@@ -267,18 +273,25 @@ __device__ inline P2pChunk takeStaged(const P2pContext &c, P2pJob &job, bool byW
   return stagedChunk(c, job, at, bytes);
 }
 
-__device__ __forceinline__ bool isKernelOver(const P2pContext &c) {
-  return *reinterpret_cast<volatile uint32_t *>(&c.s.lanesOver) == uint32_t(c.nLanes) || c.hasFailed();
+// The kernel as a whole, at one look.
+struct P2pLook {
+  bool isOver;      // nothing may be taken any more
+  bool hasWarpJobs; // warps may take, too
+};
+__device__ __forceinline__ P2pLook lookAtKernel(const P2pContext &c) {
+  uint64_t failed, word;
+  lookDevice64(&c.s.failed, failed, word);
+  return {uint32_t(word) == uint32_t(c.nLanes) || uint32_t(failed) != 0, word >> 32 != 0};
 }
 
 // Takes the next chunk each of the jobs that have most left, or not less than half of it, of `most` at most,
-// and of no more than a mover's part of all. By a warp: returns the lanes that have taken one. *isOver:
-// nothing may be taken any more.
+// and of no more than a mover's part of all. By a warp: returns the lanes that have taken one. *kernel: as it
+// was meanwhile.
 __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool byWarp, uint32_t most,
-                                    P2pChunk &chunk, bool *isOver) {
+                                    P2pChunk &chunk, P2pLook *kernel) {
   int lane = threadIdx.x % kWarp, best = -1;
   int shift = int(blockIdx.x) % c.nLanes; // blocks that find jobs alike begin with different ones
-  bool sawOver = isKernelOver(c);         // on its way while jobs are looked at
+  P2pLook seen = lookAtKernel(c);         // on its way while jobs are looked at
   uint64_t bestLeft = 0;
   uint32_t allLeft = 0; // in KiB; as much as a word holds will do
 #pragma unroll 1
@@ -297,9 +310,9 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
   most = min(most, max(allLeft / (nMovers * (bytes >> 10)), 1u));
   bool isMine = false;
   chunk = {};
-  *isOver = __any_sync(kFullWarp, sawOver);
+  *kernel = {__any_sync(kFullWarp, seen.isOver) != 0, __any_sync(kFullWarp, seen.hasWarpJobs) != 0};
 #pragma unroll 1
-  for (uint32_t n = 0; n < most && !*isOver; n++) {
+  for (uint32_t n = 0; n < most && !kernel->isOver; n++) {
     uint32_t largest = warpMax(isMine ? 0 : key);
     if (largest < least) break;
     int winner = warpFirst(!isMine && key == largest);
@@ -313,6 +326,42 @@ __device__ inline unsigned takeSome(const P2pContext &c, uint32_t nMovers, bool 
   }
   return __ballot_sync(kFullWarp, chunk.from != nullptr);
 }
+
+// What a block's warps know of the kernel where one of them takes chunks for bulk copies. Others that have
+// nothing to do sleep until that warp wakes them: awake, even if only now and then, they slow down those that
+// move.
+struct P2pBlock {
+  static constexpr uint32_t kSleepNs = 20000; // at most, at a time
+  uint64_t wake;                              // barrier
+  uint32_t isOver, hasWarpJobs;
+  uint32_t nUnmet; // lanes of the block
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  // By one thread.
+  __device__ void begin(int nLanes) {
+    barrierInit(&wake);
+    isOver = hasWarpJobs = 0;
+    nUnmet = uint32_t(max((nLanes - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x), 0));
+    if (nUnmet == 0) letKernelAfterBegin();
+  }
+  __device__ void tell(uint32_t *what, bool is) {
+    storeReleaseBlock(what, is);
+    barrierArrive(&wake);
+  }
+  // Sleeps; whether it has been woken for that time.
+  __device__ bool await(uint32_t time) {
+    return barrierSleep(&wake, time & 1, kSleepNs);
+  }
+#else
+  __device__ bool await(uint32_t) {
+    return false;
+  }
+#endif
+  // By one thread for each lane of the block.
+  __device__ void meet() {
+    if (atomicSub(&nUnmet, 1u) == 1) letKernelAfterBegin();
+  }
+};
 
 // What was moved is whole, and seen by whoever sees the flag or the count. By one thread, after the others'
 // writes are ordered before.

@@ -166,6 +166,22 @@ __device__ __forceinline__ void storeIf(bool condition, uint32_t address, uint32
                : "memory");
 }
 
+// ---- kernels of one stream (sm_90 and later) ----
+
+// Waits until the kernel before is over, and all that it has written is there: before anything is touched
+// that it may use.
+__device__ __forceinline__ void awaitKernelBefore() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Blocks of the kernel after may be put on SMs from when all of this one's have called this, or ended.
+__device__ __forceinline__ void letKernelAfterBegin() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- the clock ----
 
 __device__ __forceinline__ uint64_t nowNs() {

@@ -32,6 +32,8 @@ struct scheduleComm {
    * number is kept. From the first one that is not, each waits for an event and records it. */
   unsigned long long only; /* the stream, by its id: its handle may come again */
   uint64_t launched;
+  kernelP2pBefore_t before; /* what the last launch is to the next, */
+  uint64_t newest;          /* if that one's number is still its stream's newest, see comm_before */
   bool usesEvents;
   cudaEvent_t last;
   schedulePlace_t *places;
@@ -388,6 +390,23 @@ static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, bool ca
   }
   return cudaStreamWaitEvent(stream, comm->last, captured ? cudaEventWaitExternal : cudaEventWaitDefault);
 }
+/* Launches of all communicators are numbered; here is the newest of each stream, several of which may share
+ * an entry. */
+#define COMM_STREAMS 64
+static _Atomic uint64_t commLaunches;
+static _Atomic uint64_t commNewest[COMM_STREAMS];
+
+/* By the launch that is next in the stream. */
+static kernelP2pBefore_t comm_before(scheduleComm_t *comm, cudaStream_t stream) {
+  const uint64_t number = atomic_fetch_add(&commLaunches, 1) + 1, last = comm->newest;
+
+  comm->newest = number;
+  if (comm->usesEvents) return KERNEL_P2P_APART;
+  if (atomic_exchange(&commNewest[comm_stream_id(stream) % COMM_STREAMS], number) != last)
+    return KERNEL_P2P_APART;
+  return comm->before;
+}
+
 static cudaError_t comm_record(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
   comm->launched++;
   if (!comm->usesEvents) {
@@ -433,7 +452,7 @@ static void comm_share_buffers(scheduleComm_t *comm, const kernelP2pLane_t *lane
 }
 
 static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStream_t stream, bool captured) {
-  kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps};
+  kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps, comm_before(comm, stream)};
   schedulePlace_t *place = NULL;
   cudaError_t error;
 
@@ -442,6 +461,7 @@ static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStr
     if (!place) return P2P_NCCL_SYSTEM_ERROR;
   }
   error = (cudaError_t)kernelP2pLaunch(&comm->p2p, &group, stream);
+  comm->before = kernelP2pIsLarge(&comm->p2p, &group) ? KERNEL_P2P_AFTER_LARGE : KERNEL_P2P_AFTER_SMALL;
   if (error == cudaSuccess && place && !captured) error = schedule_place_launched(place, stream);
   return comm_result(error);
 }

@@ -220,6 +220,62 @@ static void test_random(void **state) {
   }
 }
 
+/* Groups one after another without a pause, each of which sends on what the one before has received: nothing
+ * may be read before it is there, or written while it is read. All ranks send the first bytes of a buffer to
+ * their next, so what a part of a buffer holds in the end has begun on a rank some steps back. */
+enum { CHAIN_PARTS = 5 };
+static const size_t chainEnds[CHAIN_PARTS] = {64, 4000, 30000, 200000, 3000000};
+typedef struct {
+  int buffer, nSteps;
+} chainOrigin_t;
+
+static void chain_verify(rank_t *self, int buffer, const chainOrigin_t origins[CHAIN_PARTS]) {
+  size_t at = 0;
+  CALL(self, cudaMemcpyAsync(self->host, buffer ? self->recv : self->send, chainEnds[CHAIN_PARTS - 1],
+                             cudaMemcpyDeviceToHost, self->streams[0]));
+  CALL(self, cudaStreamSynchronize(self->streams[0]));
+  for (int part = 0; part < CHAIN_PARTS; part++) {
+    int from = (self->rank + self->nRanks - origins[part].nSteps % self->nRanks) % self->nRanks;
+    for (; at < chainEnds[part]; at++)
+      CHECK(self, self->host[at] == value(origins[part].buffer, from, at),
+            "buffer %d, byte %zu is not rank %d's", buffer, at, from);
+  }
+}
+
+static void chain_work(rank_t *self) {
+  const int next = (self->rank + 1) % self->nRanks, previous = (self->rank + self->nRanks - 1) % self->nRanks;
+  unsigned char *buffers[2] = {self->send, self->recv};
+  chainOrigin_t origins[2][CHAIN_PARTS];
+  planner_random_t random = {(uint64_t)self->nRanks};
+  for (int buffer = 0; buffer < 2; buffer++) {
+    for (size_t i = 0; i < chainEnds[CHAIN_PARTS - 1]; i++) self->host[i] = value(buffer, self->rank, i);
+    CALL(self, cudaMemcpyAsync(buffers[buffer], self->host, chainEnds[CHAIN_PARTS - 1],
+                               cudaMemcpyHostToDevice, self->streams[0]));
+    CALL(self, cudaStreamSynchronize(self->streams[0]));
+    for (int part = 0; part < CHAIN_PARTS; part++) origins[buffer][part] = (chainOrigin_t){buffer, 0};
+  }
+  meet();
+  for (int step = 0; step < 10 * nRounds; step++) {
+    int from = step % 2, to = 1 - from, most = planner_random_below(&random, CHAIN_PARTS);
+    CALL(self, p2p_group_start());
+    CALL(self, p2p_send(buffers[from], chainEnds[most], TYPE_INT8, next, self->comm, self->streams[0]));
+    CALL(self, p2p_recv(buffers[to], chainEnds[most], TYPE_INT8, previous, self->comm, self->streams[0]));
+    CALL(self, p2p_group_end());
+    for (int part = 0; part <= most; part++) {
+      origins[to][part] = origins[from][part];
+      origins[to][part].nSteps++;
+    }
+  }
+  CHECK(self, stream_ends(self->streams[0], 20), "it does not end");
+  for (int buffer = 0; buffer < 2; buffer++) chain_verify(self, buffer, origins[buffer]);
+}
+
+static void test_chain(void **state) {
+  (void)state;
+  run(2, true, chain_work);
+  run(4, false, chain_work);
+}
+
 /* All-to-all, gather, scatter and calls outside a group. */
 static void whole_work(rank_t *self) {
   const size_t count = 100000;
@@ -581,10 +637,10 @@ static bool nccl_find(void) {
 /* Optional arguments: rounds of random groups, and which tests. */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_random), cmocka_unit_test(test_whole), cmocka_unit_test(test_graph),
-      cmocka_unit_test(test_split),  cmocka_unit_test(test_grow),  cmocka_unit_test(test_mixed),
-      cmocka_unit_test(test_large),  cmocka_unit_test(test_early), cmocka_unit_test(test_abort),
-      cmocka_unit_test(test_again),  cmocka_unit_test(test_away)};
+      cmocka_unit_test(test_random), cmocka_unit_test(test_chain), cmocka_unit_test(test_whole),
+      cmocka_unit_test(test_graph),  cmocka_unit_test(test_split), cmocka_unit_test(test_grow),
+      cmocka_unit_test(test_mixed),  cmocka_unit_test(test_large), cmocka_unit_test(test_early),
+      cmocka_unit_test(test_abort),  cmocka_unit_test(test_again), cmocka_unit_test(test_away)};
   const char *blocking = getenv("NCCL_COMM_BLOCKING");
   setenv("ULTRAEP_P2P", "schedule", 0);
   gpu_share(1);

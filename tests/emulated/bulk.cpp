@@ -80,6 +80,13 @@ void bulkBarrierInit(uint64_t *barrier) {
   writeBarrier(barrier, {0, 0, 0});
 }
 
+void bulkBarrierArrive(uint64_t *barrier) {
+  Barrier state = readBarrier(barrier);
+  if (state.arrived > 0) fail("a second arrival in one phase of an mbarrier");
+  state.phase ^= 1;
+  writeBarrier(barrier, state);
+}
+
 void bulkLoad(void *shared, const void *global, uint32_t bytes, uint64_t *barrier) {
   check(shared, global, bytes);
   if (!isInShared(shared, bytes)) fail("a bulk load that does not go to dynamic shared memory");

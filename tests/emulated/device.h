@@ -36,6 +36,7 @@ bool barrier(bool value);
 
 // Bulk copies; mbarriers for one arrival and the bytes of one phase.
 void bulkBarrierInit(uint64_t *barrier);
+void bulkBarrierArrive(uint64_t *barrier);
 void bulkLoad(void *shared, const void *global, uint32_t bytes, uint64_t *barrier);
 bool bulkBarrierIsOver(const uint64_t *barrier, uint32_t phase);
 void bulkStore(void *global, const void *shared, uint32_t bytes);

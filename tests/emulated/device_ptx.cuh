@@ -32,6 +32,8 @@ inline void storeReleaseSystem(uint32_t *at, uint32_t value) {
 inline void storeRelaxedSystem(uint64_t *at, uint64_t value) {
   __atomic_store_n(at, value, __ATOMIC_RELAXED);
 }
+inline void awaitKernelBefore() {}
+inline void letKernelAfterBegin() {}
 inline void storePair(char *at, uint64_t first, uint64_t second) {
   auto *words = reinterpret_cast<uint64_t *>(at);
   __atomic_store_n(&words[1], second, __ATOMIC_RELAXED); // the order is nobody's business
@@ -156,6 +158,12 @@ inline void bulkLoad(void *shared, const void *global, uint32_t bytes, uint64_t 
 inline bool barrierTest(uint64_t *barrier, uint32_t phase) {
   emulated::poll();
   return emulated::bulkBarrierIsOver(barrier, phase);
+}
+inline bool barrierSleep(uint64_t *barrier, uint32_t phase, uint32_t) {
+  return barrierTest(barrier, phase);
+}
+inline void barrierArrive(uint64_t *barrier) {
+  emulated::bulkBarrierArrive(barrier);
 }
 inline void barrierWait(uint64_t *barrier, uint32_t phase) {
   while (!barrierTest(barrier, phase)) {

@@ -395,6 +395,15 @@ cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void *
   return runtime_error(runtime_enqueue(stream, task));
 }
 
+/* Kernels of a stream run one after another here, as they may where they are allowed to overlap. */
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
+  for (unsigned i = 0; i < config->numAttrs; i++)
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization)
+      return runtime_error(cudaErrorNotSupported);
+  return cudaLaunchKernel(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
+                          config->stream);
+}
+
 /* ---- the driver's functions ---- */
 
 static cudaError_t entry_point(const char *symbol, void **function,
