@@ -65,7 +65,7 @@ const void *const p2pHooks[P2P_CALLS] = {
 static _Atomic(void *) p2pOriginals[P2P_CALLS];
 static _Atomic(p2p_ask_fn) p2pCommCount, p2pCommUserRank;
 static _Atomic(void (*)(void)) p2pWatch;
-static atomic_bool p2pCounts;
+static atomic_bool p2pCounts, p2pSeesAll;
 static _Thread_local struct {
   /* In a call that is counted as a whole: where we stand before NCCL for everybody (preload), its own sends
    * pass here, too. */
@@ -80,6 +80,7 @@ static _Thread_local struct {
 
 void p2p_nccl_set(const struct p2p_nccl *nccl, bool counts) {
   for (int call = 0; call < P2P_CALLS; call++) P2P_STORE(p2pOriginals[call], nccl->calls[call]);
+  P2P_STORE(p2pSeesAll, nccl->seesAll);
   P2P_STORE(p2pCommCount, nccl->commCount);
   P2P_STORE(p2pCommUserRank, nccl->commUserRank);
   P2P_STORE(p2pCounts, counts && nccl->commCount && nccl->commUserRank);
@@ -99,6 +100,10 @@ int p2p_group_depth(void) {
 
 bool p2p_counts(void) {
   return P2P_LOAD(p2pCounts);
+}
+
+bool p2p_sees_all(void) {
+  return P2P_LOAD(p2pSeesAll);
 }
 
 size_t p2p_type_bytes(int type) {
@@ -321,6 +326,12 @@ int p2p_group_simulate_end(void *info) {
   return p2pThread.depth == 0 ? p2p_pending_group_ended(result) : result;
 }
 
+/* For a call of all ranks. Of nothing, which is nothing on all of them, NCCL makes no kernel, and we need
+ * none. */
+static scheduleComm_t *p2p_hold_whole(const void *comm, size_t count) {
+  return count > 0 ? schedule_hold(comm) : NULL;
+}
+
 /* Every rank sends count elements to every other and itself, and receives as much. */
 static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t count, int type, void *comm,
                    void *stream) {
@@ -334,7 +345,7 @@ static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t coun
   if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
   record = p2p_record(comm);
   p2pThread.isInside = true;
-  scheduled = schedule_hold(comm);
+  scheduled = p2p_hold_whole(comm, count);
   result = scheduled ? p2p_schedule_all(scheduled, send, recv, count, type, stream)
                      : original(send, recv, count, type, comm, stream);
   schedule_release(scheduled);
@@ -360,7 +371,7 @@ static int p2p_rooted(enum p2p_call call, const void *send, void *recv, size_t c
   if (p2p_is_early(comm)) return p2p_refused(P2P_NCCL_INVALID_ARGUMENT);
   record = p2p_record(comm);
   p2pThread.isInside = true;
-  scheduled = schedule_hold(comm);
+  scheduled = p2p_hold_whole(comm, count);
   if (!scheduled)
     result = original(send, recv, count, type, root, comm, stream);
   else if (P2P_LOAD(p2pCommUserRank)(comm, &rank) != P2P_NCCL_SUCCESS)

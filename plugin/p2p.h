@@ -115,6 +115,7 @@ int p2p_group_simulate_end(void *info);
 struct p2p_nccl {
   void *calls[P2P_CALLS];
   p2p_ask_fn commCount, commUserRank;
+  bool seesAll; /* no call has been missed, on any rank: as from a preload library, which is there first */
 };
 
 /* To be called before the first of our functions can be; also again, with another NCCL. counts: whether to
@@ -132,6 +133,8 @@ void p2p_comm_forget(const void *comm);
 void p2p_comm_gone(const void *comm);
 /* Whether calls that reach us are counted. */
 bool p2p_counts(void);
+/* What p2p_nccl_set said. */
+bool p2p_sees_all(void);
 
 /* Bytes of an element by NCCL's code of its type; 0 for codes that no NCCL up to 2.32 has. */
 size_t p2p_type_bytes(int type);

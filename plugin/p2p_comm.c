@@ -47,11 +47,20 @@ static void comm_made(const void *comm, uint64_t id) {
   comm_id_set(comm, id);
 }
 
+/* Before the call that makes it. */
+static attendance_t *comm_attend(const p2p_unique_id_t *ids, int nIds, int nRanks, int rank) {
+  if (!p2p_counts() || !schedule_is_wanted() || p2p_sees_all()) return NULL;
+  if (!ids || nIds <= 0) return attendance_open(0, 0, 0);
+  return attendance_open(comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)), nRanks, rank);
+}
+
 /* The handle is there at once, also in a group and from a non-blocking call. */
 static int comm_made_by_ids(int result, const p2pMade_t *made, const p2p_unique_id_t *ids, int nIds,
                             int nRanks) {
-  if (!p2p_counts() || !p2p_issued(result)) return result;
-  if (!made->place || !*made->place) return result;
+  if (!p2p_counts() || !p2p_issued(result) || !made->place || !*made->place) {
+    attendance_close(made->attendance);
+    return result;
+  }
   if (ids && nIds > 0)
     comm_made(*made->place, comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)));
   return p2p_pending_made(made, 1, result);
@@ -59,48 +68,45 @@ static int comm_made_by_ids(int result, const p2pMade_t *made, const p2p_unique_
 
 int p2p_comm_init_rank(void **comm, int nRanks, p2p_unique_id_t id, int rank) {
   p2p_init_rank_fn original = (p2p_init_rank_fn)p2p_original(P2P_COMM_INIT_RANK);
-
+  p2pMade_t made = {.place = comm, .waits = true};
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  made.isNonBlocking = p2p_pending_non_blocking(NULL, NULL);
+  made.attendance = comm_attend(&id, 1, nRanks, rank);
   p2p_pending_pass(true);
   result = original(comm, nRanks, id, rank);
   p2p_pending_pass(false);
-  return comm_made_by_ids(
-      result,
-      &(p2pMade_t){.place = comm, .isNonBlocking = p2p_pending_non_blocking(NULL, NULL), .waits = true}, &id,
-      1, nRanks);
+  return comm_made_by_ids(result, &made, &id, 1, nRanks);
 }
 
 int p2p_comm_init_rank_config(void **comm, int nRanks, p2p_unique_id_t id, int rank, void *config) {
   p2p_init_rank_config_fn original = (p2p_init_rank_config_fn)p2p_original(P2P_COMM_INIT_RANK_CONFIG);
-
+  p2pMade_t made = {.place = comm, .saysState = true};
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  made.isNonBlocking = p2p_pending_non_blocking(config, NULL);
+  made.attendance = comm_attend(&id, 1, nRanks, rank);
   p2p_pending_pass(true);
   result = original(comm, nRanks, id, rank, config);
   p2p_pending_pass(false);
-  return comm_made_by_ids(
-      result,
-      &(p2pMade_t){.place = comm, .isNonBlocking = p2p_pending_non_blocking(config, NULL), .saysState = true},
-      &id, 1, nRanks);
+  return comm_made_by_ids(result, &made, &id, 1, nRanks);
 }
 
 int p2p_comm_init_rank_scalable(void **comm, int nRanks, int rank, int nIds, const p2p_unique_id_t *ids,
                                 void *config) {
   p2p_init_rank_scalable_fn original = (p2p_init_rank_scalable_fn)p2p_original(P2P_COMM_INIT_RANK_SCALABLE);
-
+  p2pMade_t made = {.place = comm, .saysState = true};
   int result;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
+  made.isNonBlocking = p2p_pending_non_blocking(config, NULL);
+  made.attendance = comm_attend(ids, nIds, nRanks, rank);
   p2p_pending_pass(true);
   result = original(comm, nRanks, rank, nIds, ids, config);
   p2p_pending_pass(false);
-  return comm_made_by_ids(
-      result,
-      &(p2pMade_t){.place = comm, .isNonBlocking = p2p_pending_non_blocking(config, NULL), .saysState = true},
-      ids, nIds, nRanks);
+  return comm_made_by_ids(result, &made, ids, nIds, nRanks);
 }
 
 /* All ranks are here, so any id will do that no other process has. */
@@ -204,5 +210,7 @@ int p2p_comm_grow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank,
   if (!p2p_counts() || !p2p_issued(result)) return result;
   if (!comm || !*comm) return result;
   comm_made(*comm, 0);
+  /* New ranks may be ones whose calls we have missed, and there is no name that all could give. */
+  if (!p2p_sees_all()) made.attendance = attendance_open(0, 0, 0);
   return p2p_pending_made(&made, 1, result);
 }

@@ -3,6 +3,7 @@
 #include "comm_id.h"
 #include "p2p.h"
 #include "schedule.h"
+#include "settings.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -39,6 +40,7 @@ typedef struct pending_entry {
   const void *thread; /* of the group */
   bool isAborted;
   scheduleSetup_t setup;
+  attendance_t *attendance;
   struct pending_entry *next;
 } pending_entry_t;
 
@@ -121,7 +123,10 @@ static void *pending_comm(const pending_entry_t *entry) {
 static pending_entry_t *pending_add(const p2pMade_t *made, pending_phase_t phase) {
   pending_entry_t *entry = calloc(1, sizeof(*entry));
 
-  if (!entry) return NULL;
+  if (!entry) {
+    attendance_close(made->attendance);
+    return NULL;
+  }
   *entry = (pending_entry_t){.asked = made->parent ? made->parent : *made->place,
                              .comm = made->parent ? NULL : *made->place,
                              .place = made->place,
@@ -129,6 +134,7 @@ static pending_entry_t *pending_add(const p2pMade_t *made, pending_phase_t phase
                              .isNonBlocking = made->isNonBlocking,
                              .phase = phase,
                              .thread = &pendingThread,
+                             .attendance = made->attendance,
                              .next = pendingEntries};
   schedule_setup_init(&entry->setup);
   pendingEntries = entry;
@@ -136,14 +142,27 @@ static pending_entry_t *pending_add(const p2pMade_t *made, pending_phase_t phase
   return entry;
 }
 
-/* Removes *at. */
-static void pending_remove(pending_entry_t **at) {
+static pending_entry_t *pending_unlink(pending_entry_t **at) {
   pending_entry_t *entry = *at;
 
   *at = entry->next;
+  return entry;
+}
+
+static pending_entry_t *pending_take(pending_entry_t **at) {
+  atomic_fetch_sub(&p2pPendingCount, 1);
+  return pending_unlink(at);
+}
+
+/* Of one that was taken. */
+static void pending_free(pending_entry_t *entry) {
+  attendance_close(entry->attendance);
   pthread_mutex_destroy(&entry->setup.lock);
   free(entry);
-  atomic_fetch_sub(&p2pPendingCount, 1);
+}
+
+static void pending_remove(pending_entry_t **at) {
+  pending_free(pending_take(at));
 }
 
 /* The communicator is there: it gets its id, in place of what was known of one whose end went unseen. */
@@ -156,6 +175,16 @@ static void pending_note(const pending_entry_t *entry, void *comm) {
 
 static bool pending_is_of(const pending_entry_t *entry, const void *comm) {
   return entry->asked == comm || (entry->phase != PENDING_GROUP && pending_comm(entry) == comm);
+}
+
+/* Whether its ranks meet. */
+static bool pending_meets(const attendance_t *attendance) {
+  if (attendance_is_full(attendance)) return true;
+  if (settings_tells_unscheduled())
+    settings_warn(
+        "sends and receives of a communicator are left to NCCL: not all of its ranks' calls to make "
+        "it were seen (libultraep-preload.so sees them all)");
+  return false;
 }
 
 static bool pending_is_ours(const pending_entry_t *entry) {
@@ -227,7 +256,7 @@ static void pending_set_up(pending_work_t *work) {
     comm = pending_comm(entry);
     if (!comm) continue;
     pending_note(entry, comm);
-    if (entry->isAborted) continue;
+    if (entry->isAborted || !pending_meets(entry->attendance)) continue;
     work->comms[work->n] = comm;
     work->setups[work->n++] = &entry->setup;
   }
@@ -309,19 +338,25 @@ static int pending_made_later(const p2pMade_t *made, int n, int result) {
   return isOurs && made->saysState ? P2P_NCCL_IN_PROGRESS : result;
 }
 
+static void pending_leave(const p2pMade_t *made, int n) {
+  for (int i = 0; i < n; i++) attendance_close(made[i].attendance);
+}
+
 static int pending_made_now(const p2pMade_t *made, int n, int result) {
   void **comms = calloc((size_t)n, sizeof(*comms));
+  int nMeeting = 0;
 
-  if (!comms) return schedule_is_wanted() ? P2P_NCCL_SYSTEM_ERROR : result;
+  if (!comms && schedule_is_wanted()) result = P2P_NCCL_SYSTEM_ERROR;
   pthread_mutex_lock(&pendingLock);
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < n && comms; i++) {
     const pending_entry_t entry = {.id = made[i].id, .isNonBlocking = made[i].isNonBlocking};
 
-    comms[i] = *made[i].place;
-    pending_note(&entry, comms[i]);
+    pending_note(&entry, *made[i].place);
+    if (pending_meets(made[i].attendance)) comms[nMeeting++] = *made[i].place;
   }
   pthread_mutex_unlock(&pendingLock);
-  schedule_comms_made(comms, NULL, n);
+  if (nMeeting > 0) schedule_comms_made(comms, NULL, nMeeting);
+  pending_leave(made, n);
   free(comms);
   return result;
 }
@@ -330,6 +365,7 @@ int p2p_pending_made(const p2pMade_t *made, int n, int result) {
   const bool isOurs = schedule_is_wanted();
   bool hasRoom = true;
 
+  if (!p2p_issued(result)) pending_leave(made, n);
   if (!p2p_issued(result) || n == 0) return result;
   if (p2p_group_depth() == 0)
     return pending_is_later(made, result) ? pending_made_later(made, n, result)
@@ -367,23 +403,33 @@ static void pending_group_later(bool isOurs) {
     if (entry->phase == PENDING_IDLE && entry->thread == &pendingThread) pending_start(entry->asked);
 }
 
-/* Under the lock: takes them out, those that are there into comms, which may be null. Returns how many. */
-static int pending_group_take(void **comms) {
-  int n = 0;
+/* Under the lock: takes them out, as a list. */
+static pending_entry_t *pending_group_take(void) {
+  pending_entry_t *taken = NULL, **end = &taken;
 
   for (pending_entry_t **at = &pendingEntries; *at;) {
-    void *comm;
-
     if (!pending_is_mine(*at)) {
       at = &(*at)->next;
       continue;
     }
-    comm = comms ? pending_comm(*at) : NULL;
-    if (comm) {
-      pending_note(*at, comm);
-      comms[n++] = comm;
-    }
-    pending_remove(at);
+    *end = pending_take(at);
+    (*end)->next = NULL;
+    end = &(*end)->next;
+  }
+  return taken;
+}
+
+/* Under the lock: those of the list that are there and whose ranks meet, into comms, which may be null.
+ * Returns how many. */
+static int pending_group_there(const pending_entry_t *taken, void **comms) {
+  int n = 0;
+
+  for (const pending_entry_t *entry = taken; entry && comms; entry = entry->next) {
+    void *comm = pending_comm(entry);
+
+    if (!comm) continue;
+    pending_note(entry, comm);
+    if (pending_meets(entry->attendance)) comms[n++] = comm;
   }
   return n;
 }
@@ -391,6 +437,7 @@ static int pending_group_take(void **comms) {
 int p2p_pending_group_check(int result) {
   const bool isOurs = schedule_is_wanted();
   bool isLater = result == P2P_NCCL_IN_PROGRESS;
+  pending_entry_t *taken = NULL;
   void **comms = NULL;
   int n;
 
@@ -403,10 +450,12 @@ int p2p_pending_group_check(int result) {
   } else if (n > 0) {
     comms = p2p_issued(result) ? calloc((size_t)n, sizeof(*comms)) : NULL;
     if (!comms && isOurs && p2p_issued(result)) result = P2P_NCCL_SYSTEM_ERROR;
-    n = pending_group_take(comms);
+    taken = pending_group_take();
+    n = pending_group_there(taken, comms);
   }
   pthread_mutex_unlock(&pendingLock);
   if (n > 0) schedule_comms_made(comms, NULL, n);
+  while (taken) pending_free(pending_unlink(&taken));
   free(comms);
   return result;
 }

@@ -18,18 +18,21 @@
 #ifndef ULTRAEP_P2P_PENDING_H_
 #define ULTRAEP_P2P_PENDING_H_
 
+#include "attendance.h"
+
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
 /* What a call has made or will make. */
 typedef struct {
-  void **place;       /* where the handle is or, with a parent, will be */
-  void *parent;       /* that says when it is there; null: the handle is there at once */
-  uint64_t id;        /* to be noted when it is there; 0: none */
-  bool isNonBlocking; /* the new communicator, by its config */
-  bool waits;         /* outside of groups the call waits for all ranks, whatever the config says */
-  bool saysState;     /* the call's result is the communicator's state, which may be success at once */
+  void **place;             /* where the handle is or, with a parent, will be */
+  void *parent;             /* that says when it is there; null: the handle is there at once */
+  uint64_t id;              /* to be noted when it is there; 0: none */
+  bool isNonBlocking;       /* the new communicator, by its config */
+  bool waits;               /* outside of groups the call waits for all ranks, whatever the config says */
+  bool saysState;           /* the call's result is the communicator's state, which may be success at once */
+  attendance_t *attendance; /* the receiver's from now on; only where it is full are ranks to meet */
 } p2pMade_t;
 
 /* Whether a communicator with that ncclConfig_t does not block. parent: whose config it has where it has

@@ -58,6 +58,7 @@ static void preload_find(void) {
   struct p2p_nccl nccl = {
       .commCount = (p2p_ask_fn)preload_symbol(library, "ncclCommCount"),
       .commUserRank = (p2p_ask_fn)preload_symbol(library, "ncclCommUserRank"),
+      .seesAll = true,
   };
 
   for (int call = 0; call < P2P_CALLS; call++) nccl.calls[call] = preload_symbol(library, p2pNames[call]);

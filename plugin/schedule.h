@@ -1,11 +1,11 @@
-/* ULTRAEP_P2P=schedule: sends and receives on communicators whose ranks share one domain do not go to NCCL,
- * but to one kernel of ours a group (kernels/p2p.h).
+/* ULTRAEP_P2P=schedule: sends and receives on communicators whose ranks share one domain do not
+ * go to NCCL, but to one kernel of ours a group (kernels/p2p.h).
  *
  * Which communicators: decided once, when one is made, by all its ranks together, for all of them are in that
  * call: each says what it can do, then all make and map their windows, or none. So both ends of a transfer
  * always agree. Where the call that makes it does not wait for the others, neither does the set-up
- * (p2p_pending.h). A communicator that was made before the calls were taken over (the first one, by the call
- * that loads NCCL's plugins) is left to NCCL.
+ * (p2p_pending.h). A communicator whose making was not seen on every rank (by a process's first one NCCL
+ * loads its plugins) is left to NCCL (attendance.h).
  *
  * Calls of a group are collected by thread and launched when its outermost group ends, before NCCL launches
  * its own part of it: then the order is the same on all ranks, also where NCCL does its part later, in a

@@ -72,13 +72,6 @@ int schedule_comm_error(const scheduleComm_t *comm) {
   }
 }
 
-/* Where NCCL's own log says so much: that a communicator is scheduled, and what came of it. */
-static bool comm_logs(void) {
-  const char *level = getenv("NCCL_DEBUG");
-
-  return level && (strcasecmp(level, "INFO") == 0 || strcasecmp(level, "TRACE") == 0);
-}
-
 /* ---- making ---- */
 
 static int comm_ctas(const settings_t *settings) {
@@ -198,12 +191,23 @@ static uint64_t comm_power_of_two(uint64_t most) {
   return most;
 }
 
+/* Where it is not said: what keeps all of a rank's stages small, though not so small that they slow it down.
+ */
+static uint64_t comm_stage_bytes(const settings_t *settings, uint64_t nStages) {
+  const uint64_t all = (uint64_t)64 << 20;
+  uint64_t bytes = (uint64_t)settings->p2pStageKb * 1024;
+
+  if (bytes > 0) return comm_power_of_two(bytes);
+  for (bytes = 512 << 10; bytes > 64 << 10 && bytes * nStages > all;) bytes /= 2;
+  return bytes;
+}
+
 static kernelP2pGeometry_t comm_geometry(const settings_t *settings, int nRanks) {
   kernelP2pGeometry_t geometry = {.nRanks = nRanks,
                                   .nStages = (int32_t)comm_power_of_two((uint64_t)settings->p2pStages),
-                                  .stageBytes = comm_power_of_two((uint64_t)settings->p2pStageKb * 1024),
                                   .eagerBytes = (uint64_t)settings->p2pEagerKb * 1024};
 
+  geometry.stageBytes = comm_stage_bytes(settings, (uint64_t)nRanks * (uint64_t)geometry.nStages);
   if (geometry.eagerBytes > geometry.stageBytes) geometry.eagerBytes = geometry.stageBytes;
   if (geometry.eagerBytes > KERNEL_P2P_MOST_EAGER) geometry.eagerBytes = KERNEL_P2P_MOST_EAGER;
   return geometry;
@@ -301,12 +305,12 @@ static void *comm_open(void *argument) {
   result = comm_make_there(opening, &made);
   nccl_own_calls(false);
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  if (result == ultraepSuccess && comm_logs())
+  if (result == ultraepSuccess && settings_is_verbose())
     settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks",
                   opening->handle, made->self->rank, made->self->nRanks, made->p2p.nBlocks);
   if (result == ultraepSuccess)
     schedule_add_comm(opening->handle, made);
-  else if (!schedule_setup_is_aborted(opening->setup))
+  else if (!schedule_setup_is_aborted(opening->setup) && settings_tells_unscheduled())
     settings_warn("sends and receives of a communicator are left to NCCL: %s", ultraepGetLastError());
   return NULL;
 }
@@ -532,7 +536,7 @@ void schedule_comm_ends(const void *handle, bool abort) {
   } else {
     comm->self->isStuck = true; /* a kernel may still use the memory */
   }
-  if (comm_logs())
+  if (settings_is_verbose())
     settings_warn("communicator %p, rank %d of %d: %llu scheduled groups were launched", handle,
                   comm->self->rank, comm->self->nRanks, (unsigned long long)comm->launched);
   comm_free(comm);

@@ -18,7 +18,8 @@ void schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int
   static atomic_flag told = ATOMIC_FLAG_INIT;
 
   (void)comms, (void)setups;
-  if (n > 0 && settings_get()->p2p == SETTINGS_P2P_SCHEDULE && !atomic_flag_test_and_set(&told))
+  if (n > 0 && settings_get()->p2p == SETTINGS_P2P_SCHEDULE && settings_tells_unscheduled() &&
+      !atomic_flag_test_and_set(&told))
     settings_warn(
         "ULTRAEP_P2P=schedule: this library was built without CUDA; calls are counted and passed on");
 }

@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <unistd.h>
 
 typedef enum { SETTING_WORD, SETTING_INT, SETTING_SWITCH, SETTING_PATH } settingType_t;
@@ -43,11 +44,12 @@ static const setting_t settingsTable[] = {
     {.name = "ULTRAEP_P2P_STAGE_KB",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pStageKb),
-     .byDefault = "512",
-     .min = 1,
+     .byDefault = "0",
+     .min = 0,
      .max = 65536,
      .help = "KiB of a stage, through which data goes to buffers that peers do not map: a power of two, or "
-             "the next smaller one holds; alike on all ranks"},
+             "the next smaller one holds; 0: 512, or less where a rank's stages would take more than 64 MiB, "
+             "64 at least; alike on all ranks"},
     {.name = "ULTRAEP_P2P_STAGES",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pStages),
@@ -190,12 +192,13 @@ static bool settings_read(const setting_t *setting, const char *text, settings_t
 
 void settings_load(settings_t *settings, const char *(*lookup)(const char *name), FILE *messages) {
   char range[SETTINGS_TEXT_BYTES];
+  const char *text;
 
   memset(settings, 0, sizeof(*settings));
   for (int i = 0; i < SETTINGS_COUNT; i++) {
     const setting_t *setting = &settingsTable[i];
-    const char *text = lookup(setting->name);
 
+    text = lookup(setting->name);
     settings_read(setting, setting->byDefault, settings);
     if (!text || text[0] == '\0' || settings_read(setting, text, settings)) continue;
     settings_range_text(setting, range, sizeof(range));
@@ -203,6 +206,8 @@ void settings_load(settings_t *settings, const char *(*lookup)(const char *name)
     fprintf(messages, "ultraep: %s=%.200s does not fit (%s); %s%s is used\n", setting->name, text, range,
             setting->byDefault[0] ? "the default " : "no file", setting->byDefault);
   }
+  text = lookup("ULTRAEP_P2P");
+  settings->p2pIsAsked = text && text[0] != '\0';
 }
 
 static void settings_value_text(const setting_t *setting, const settings_t *settings, char *text,
@@ -255,6 +260,16 @@ void settings_path_expand(const char *path, char *text, size_t size) {
     if (*at == '%') length += (size_t)snprintf(text + length, size - length, "%%");
   }
   if (size > 0 && (length == 0 || length >= size)) text[0] = '\0';
+}
+
+bool settings_is_verbose(void) {
+  const char *level = getenv("NCCL_DEBUG");
+
+  return level && (strcasecmp(level, "INFO") == 0 || strcasecmp(level, "TRACE") == 0);
+}
+
+bool settings_tells_unscheduled(void) {
+  return settings_get()->p2pIsAsked || settings_is_verbose();
 }
 
 void settings_warn(const char *format, ...) {

@@ -20,6 +20,7 @@ enum { SETTINGS_SHARE_SAFE, SETTINGS_SHARE_ALL, SETTINGS_SHARE_OFF };
 
 typedef struct {
   int32_t p2p;     /* SETTINGS_P2P_... */
+  bool p2pIsAsked; /* the variable is set */
   int32_t p2pCtas; /* thread blocks of a scheduled group; 0: NCCL_MAX_CTAS, or 16 */
   int32_t p2pStageKb, p2pStages, p2pEagerKb;
   int32_t p2pTimeoutMs;  /* 0: none */
@@ -46,6 +47,12 @@ void settings_print(const settings_t *settings, FILE *out);
 
 /* Writes the path with its %-words replaced to text[size], or "" where it does not fit. */
 void settings_path_expand(const char *path, char *text, size_t size);
+
+/* Whether NCCL's own log says much (NCCL_DEBUG=INFO or TRACE): then ours says that a communicator is
+ * scheduled, and what came of it. */
+bool settings_is_verbose(void);
+/* Whether to say that one is not: also where scheduling was asked for. */
+bool settings_tells_unscheduled(void);
 
 /* One line on stderr. For what an operator must see: NCCL's log shows nothing unless asked to. */
 void settings_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));

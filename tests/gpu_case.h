@@ -106,6 +106,7 @@ static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
   RANK_DO(gpu_host_run(&host, &data));
   RANK_DO(gpu_device_enqueue(&device, &data, false, world->streams[rank]));
   RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
+  RANK_OK(ultraepGroupStatus(device.group, NULL));
   RANK_DO(gpu_compare_data(&shape, &data));
   RANK_MEET(world);
   gpu_data_free(&data);

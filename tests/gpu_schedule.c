@@ -61,6 +61,13 @@ static struct {
           "line %d: %s is %d (%s)", __LINE__, #call, callResult, ultraepGetLastError());                     \
   } while (0)
 
+static struct p2p_nccl nccl;
+
+static void sees_all(bool all) {
+  nccl.seesAll = all;
+  p2p_nccl_set(&nccl, true);
+}
+
 static void meet(void) {
   pthread_barrier_wait(&world.barrier);
 }
@@ -278,12 +285,14 @@ static void test_chain(void **state) {
 
 /* All-to-all, gather, scatter and calls outside a group. */
 static void whole_work(rank_t *self) {
-  const size_t count = 100000;
-  for (self->round = 0; self->round < 4; self->round++) {
+  const size_t most = 100000;
+  for (self->round = 0; self->round < 5; self->round++) {
+    const size_t count = self->round == 4 ? 0 : most;
     fill(self);
     meet();
     switch (self->round) {
     case 0:
+    case 4:
       CALL(self, p2p_alltoall(self->send, self->recv, count, TYPE_INT8, self->comm, self->streams[0]));
       break;
     case 1:
@@ -409,7 +418,39 @@ static void grow_work(rank_t *self) {
 static void test_grow(void **state) {
   (void)state;
   if (!world.commGetUniqueId) skip();
+  sees_all(true);
   run(4, true, grow_work);
+  sees_all(false);
+}
+
+/* By the call that makes the communicator a rank's NCCL may load the plugin, so that it does not pass here:
+ * then no rank waits for that one, and NCCL has the communicator. */
+static void unseen_work(rank_t *self) {
+  static p2p_unique_id_t id;
+  p2p_init_rank_fn original = (p2p_init_rank_fn)p2p_original(P2P_COMM_INIT_RANK);
+  void *comm = NULL;
+  if (self->rank == 0) CALL(self, world.getUniqueId(&id));
+  meet();
+  if (self->rank == 1) CALL(self, p2p_group_start());
+  if (self->rank == 2)
+    CALL(self, original(&comm, self->nRanks, id, self->rank));
+  else
+    CALL(self, p2p_comm_init_rank(&comm, self->nRanks, id, self->rank));
+  if (self->rank == 1) CALL(self, p2p_group_end());
+  ready(self, comm);
+  CHECK(self, !schedule_is_scheduled(comm), "it is scheduled, though not on rank 2");
+  self->round = 6;
+  fill(self);
+  meet();
+  if (!self->flaw[0]) exchange(self, comm, false);
+  verify(self);
+  meet();
+  if (comm) CALL(self, p2p_comm_destroy(comm));
+}
+
+static void test_unseen(void **state) {
+  (void)state;
+  run(4, true, unseen_work);
 }
 
 /* Rank 1 waits for the others, who leave. */
@@ -615,16 +656,14 @@ static void test_again(void **state) {
 }
 
 static bool nccl_find(void) {
-  struct p2p_nccl nccl;
   int version = 0;
   void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
   int (*getVersion)(int *) = library ? (int (*)(int *))dlsym(library, "ncclGetVersion") : NULL;
   if (!getVersion || getVersion(&version) != 0 || version < 23000) return false;
-  memset(&nccl, 0, sizeof(nccl));
   for (int call = 0; call < P2P_CALLS; call++) nccl.calls[call] = dlsym(library, p2pNames[call]);
   nccl.commCount = (p2p_ask_fn)dlsym(library, "ncclCommCount");
   nccl.commUserRank = (p2p_ask_fn)dlsym(library, "ncclCommUserRank");
-  p2p_nccl_set(&nccl, true);
+  sees_all(false);
   world.getUniqueId = (int (*)(p2p_unique_id_t *))dlsym(library, "ncclGetUniqueId");
   world.memAlloc = (int (*)(void **, size_t))dlsym(library, "ncclMemAlloc");
   world.memFree = (int (*)(void *))dlsym(library, "ncclMemFree");
@@ -639,8 +678,9 @@ int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_random), cmocka_unit_test(test_chain), cmocka_unit_test(test_whole),
       cmocka_unit_test(test_graph),  cmocka_unit_test(test_split), cmocka_unit_test(test_grow),
-      cmocka_unit_test(test_mixed),  cmocka_unit_test(test_large), cmocka_unit_test(test_early),
-      cmocka_unit_test(test_abort),  cmocka_unit_test(test_again), cmocka_unit_test(test_away)};
+      cmocka_unit_test(test_unseen), cmocka_unit_test(test_mixed), cmocka_unit_test(test_large),
+      cmocka_unit_test(test_early),  cmocka_unit_test(test_abort), cmocka_unit_test(test_again),
+      cmocka_unit_test(test_away)};
   const char *blocking = getenv("NCCL_COMM_BLOCKING");
   setenv("ULTRAEP_P2P", "schedule", 0);
   gpu_share(1);

@@ -1,0 +1,67 @@
+#include "attendance.h"
+
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+struct attendance {
+  uint64_t id;
+  int nRanks, held; /* held: the socket, -1: none */
+};
+
+static attendance_t attendanceAbsent = {.held = -1};
+
+/* Returns its length. */
+static socklen_t attendance_name(uint64_t id, int rank, struct sockaddr_un *name) {
+  int length;
+
+  memset(name, 0, sizeof(*name));
+  name->sun_family = AF_UNIX; /* the first byte of the path stays 0: no file */
+  length = snprintf(name->sun_path + 1, sizeof(name->sun_path) - 1, "ultraep/%016llx/%d",
+                    (unsigned long long)id, rank);
+  return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)length);
+}
+
+static int attendance_socket(void) {
+  return socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+}
+
+attendance_t *attendance_open(uint64_t id, int nRanks, int rank) {
+  struct sockaddr_un name;
+  const socklen_t length = attendance_name(id, rank, &name);
+  attendance_t *attendance = nRanks > 0 ? malloc(sizeof(*attendance)) : NULL;
+
+  if (!attendance) return &attendanceAbsent;
+  *attendance = (attendance_t){.id = id, .nRanks = nRanks, .held = attendance_socket()};
+  if (attendance->held >= 0 && bind(attendance->held, (const struct sockaddr *)&name, length) == 0)
+    return attendance;
+  attendance_close(attendance);
+  return &attendanceAbsent;
+}
+
+bool attendance_is_full(const attendance_t *attendance) {
+  bool isFull = true;
+  int asking;
+
+  if (!attendance) return true;
+  asking = attendance->held >= 0 ? attendance_socket() : -1;
+  if (asking < 0) return false;
+  for (int rank = 0; rank < attendance->nRanks && isFull; rank++) {
+    struct sockaddr_un name;
+    const socklen_t length = attendance_name(attendance->id, rank, &name);
+
+    isFull = connect(asking, (const struct sockaddr *)&name, length) == 0;
+  }
+  (void)close(asking);
+  return isFull;
+}
+
+void attendance_close(attendance_t *attendance) {
+  if (!attendance || attendance == &attendanceAbsent) return;
+  if (attendance->held >= 0) (void)close(attendance->held);
+  free(attendance);
+}
