@@ -1,4 +1,4 @@
-/* ULTRAEP_P2P=schedule: sends and receives on communicators whose ranks share one domain do not
+/* ULTRAEP_P2P=schedule, the default: sends and receives on communicators whose ranks share one domain do not
  * go to NCCL, but to one kernel of ours a group (kernels/p2p.h).
  *
  * Which communicators: decided once, when one is made, by all its ranks together, for all of them are in that

@@ -29,7 +29,7 @@ static const setting_t settingsTable[] = {
     {.name = "ULTRAEP_P2P",
      .type = SETTING_WORD,
      .offset = offsetof(settings_t, p2p),
-     .byDefault = "observe",
+     .byDefault = "schedule",
      .words = {"off", "observe", "schedule"},
      .help = "what is done with NCCL's send, receive and all-to-all calls: nothing (the profiler role still "
              "counts what NCCL tells it); count them and pass them on; or count them and, on communicators "
@@ -68,7 +68,7 @@ static const setting_t settingsTable[] = {
     {.name = "ULTRAEP_P2P_TIMEOUT_MS",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pTimeoutMs),
-     .byDefault = "1800000",
+     .byDefault = "86400000",
      .min = 0,
      .max = 2147483647,
      .help = "how long a scheduled send or receive waits for its peer, and a non-blocking communicator for "

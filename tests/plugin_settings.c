@@ -53,7 +53,7 @@ static void load_bad(settings_t *settings, const char *name, const char *text, c
 }
 
 static void check_defaults(const settings_t *settings) {
-  assert_int_equal(settings->p2p, SETTINGS_P2P_OBSERVE);
+  assert_int_equal(settings->p2p, SETTINGS_P2P_SCHEDULE);
   assert_int_equal(settings->peers, ULTRAEP_PEERS_AUTO);
   assert_int_equal(settings->windowSeconds, 10);
   assert_false(settings->help);
@@ -90,7 +90,7 @@ static void test_words(void **state) {
   load_good(&settings, "ULTRAEP_P2P", "schedule");
   assert_int_equal(settings.p2p, SETTINGS_P2P_SCHEDULE);
   for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
-    load_bad(&settings, "ULTRAEP_P2P", bad[i], "off|observe|schedule); the default observe is used");
+    load_bad(&settings, "ULTRAEP_P2P", bad[i], "off|observe|schedule); the default schedule is used");
     check_defaults(&settings);
   }
 }
@@ -204,8 +204,8 @@ static void test_print(void **state) {
   load_good(&settings, "ULTRAEP_TRAFFIC_JSON", "out.json");
   settings_print(&settings, out);
   fclose(out);
-  assert_non_null(strstr(table, "  ULTRAEP_P2P=observe\n"));
-  assert_non_null(strstr(table, "takes: off|observe|schedule; default: observe\n"));
+  assert_non_null(strstr(table, "  ULTRAEP_P2P=schedule\n"));
+  assert_non_null(strstr(table, "takes: off|observe|schedule; default: schedule\n"));
   assert_non_null(strstr(table, "  ULTRAEP_TRAFFIC_JSON=out.json\n"));
   assert_non_null(strstr(table, "takes: integer 1..86400; default: 10\n"));
   assert_non_null(strstr(table, "  ULTRAEP_HELP=0\n"));
