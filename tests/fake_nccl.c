@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define FAKE_EXPORT __attribute__((visibility("default")))
 #define FAKE_TWIN(name) extern __typeof__(name) p##name __attribute__((visibility("default")))
@@ -223,6 +224,70 @@ static int fake_comm_make(void **comm, int nRanks, int rank, uint64_t hash, int 
   return made->blocking ? FAKE_SUCCESS : FAKE_IN_PROGRESS;
 }
 
+/* ---- ranks that wait for each other ---- */
+enum { FAKE_MEETINGS = 256, FAKE_AWAITED = 64, FAKE_PATIENCE = 200000 };
+static struct {
+  uint64_t hash;
+  int called;
+} fakeMeetings[FAKE_MEETINGS]; /* the newest ones */
+static int fakeMeetingCount;
+static _Thread_local struct fake_comm *fakeAwaited[FAKE_AWAITED]; /* by the thread's group */
+static _Thread_local int fakeAwaitedCount;
+
+/* Under the lock. Null: nobody has called. */
+static int *fake_called(uint64_t hash) {
+  for (int i = 0; i < FAKE_MEETINGS && i < fakeMeetingCount; i++)
+    if (fakeMeetings[i].hash == hash) return &fakeMeetings[i].called;
+  return NULL;
+}
+
+static int fake_all_called(const struct fake_comm *comm) {
+  const int *called;
+  int all = 1;
+
+  if (!comm->awaits) return 1;
+  pthread_mutex_lock(&fakeLock);
+  called = fake_called(comm->hash);
+  all = called && *called >= comm->nRanks;
+  pthread_mutex_unlock(&fakeLock);
+  return all;
+}
+
+/* Not for ever: a test whose ranks do not all come is to fail. */
+static void fake_await_ranks(const struct fake_comm *comm) {
+  for (int i = 0; i < FAKE_PATIENCE && !fake_all_called(comm); i++)
+    nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+}
+
+static void fake_group_await(void) {
+  for (int i = 0; i < fakeAwaitedCount; i++) fake_await_ranks(fakeAwaited[i]);
+  fakeAwaitedCount = 0;
+}
+
+/* The rank has called to make it; waits: here, or at the group's end. */
+static void fake_join(struct fake_comm *comm, int waits) {
+  int *called;
+
+  if (!fakeState.awaitsRanks || !comm) return;
+  pthread_mutex_lock(&fakeLock);
+  comm->awaits = 1;
+  called = fake_called(comm->hash);
+  if (!called) {
+    const int at = fakeMeetingCount++ % FAKE_MEETINGS;
+
+    fakeMeetings[at].hash = comm->hash;
+    fakeMeetings[at].called = 0;
+    called = &fakeMeetings[at].called;
+  }
+  (*called)++;
+  pthread_mutex_unlock(&fakeLock);
+  if (!waits) return;
+  if (fake_group_depth() == 0)
+    fake_await_ranks(comm);
+  else if (fakeAwaitedCount < FAKE_AWAITED)
+    fakeAwaited[fakeAwaitedCount++] = comm;
+}
+
 static uint64_t fake_hash(const void *bytes, size_t nBytes) {
   uint64_t hash = 5381;
 
@@ -241,6 +306,7 @@ int pncclCommInitRank(void **comm, int nRanks, fake_id id, int rank) {
 
   if (fakeState.result > 1) return fakeState.result;
   result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(NULL, 1));
+  fake_join(*comm, result != FAKE_IN_PROGRESS || fake_group_depth() == 0);
   if (result != FAKE_IN_PROGRESS || fake_group_depth() > 0) return result;
   ((struct fake_comm *)*comm)->busy = 0; /* this call waits in any case */
   return FAKE_SUCCESS;
@@ -249,14 +315,20 @@ FAKE_WEAK(ncclCommInitRank);
 
 FAKE_TWIN(ncclCommInitRankConfig);
 int pncclCommInitRankConfig(void **comm, int nRanks, fake_id id, int rank, void *config) {
-  return fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(config, 1));
+  int result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(config, 1));
+
+  fake_join(*comm, result != FAKE_IN_PROGRESS);
+  return result;
 }
 FAKE_WEAK(ncclCommInitRankConfig);
 
 FAKE_TWIN(ncclCommInitRankScalable);
 int pncclCommInitRankScalable(void **comm, int nRanks, int rank, int nIds, const fake_id *ids, void *config) {
-  return fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)),
-                        fake_blocking(config, 1));
+  int result = fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)),
+                              fake_blocking(config, 1));
+
+  fake_join(*comm, result != FAKE_IN_PROGRESS);
+  return result;
 }
 FAKE_WEAK(ncclCommInitRankScalable);
 
@@ -378,6 +450,10 @@ FAKE_TWIN(ncclCommGetAsyncError);
 int pncclCommGetAsyncError(void *comm, int *error) {
   struct fake_comm *asked = comm;
 
+  if (!fake_all_called(asked)) {
+    *error = FAKE_IN_PROGRESS;
+    return FAKE_SUCCESS;
+  }
   *error = asked->busy > 0 ? FAKE_IN_PROGRESS : asked->error;
   if (asked->busy > 0) asked->busy--;
   if (*error == FAKE_SUCCESS) fake_children_make(NULL, comm);
@@ -391,6 +467,7 @@ int pncclGroupEnd(void) {
   int pending = 0;
 
   if (fake_group_leave() > 0) return result;
+  fake_group_await();
   fake_children_make(&fakeThread, NULL);
   pthread_mutex_lock(&fakeLock);
   for (int i = 0; i < fakeChildCount; i++) pending += fakeChildren[i].thread == &fakeThread;

@@ -68,14 +68,15 @@ struct fake_call {
 
 /* What the last call was given, how many there were, how deep groups are nested, what calls are to return,
  * how many log lines there were and the last of them; where splits find the size and the rank of theirs; how
- * new non-blocking communicators come out, and after how many questions. */
+ * new non-blocking communicators come out, and after how many questions; whether one from unique ids is ready
+ * only when all of its ranks have called, as NCCL's: then ranks need threads, a group or not to block. */
 struct fake_state {
   struct fake_call last;
   long calls;
   int depth, result, lines, comms;
   char line[512];
   int childRanks, childRank;
-  int polls, initError, lateSuccess;
+  int polls, initError, lateSuccess, awaitsRanks;
 };
 struct fake_state *fake_nccl_state(void);
 /* state.calls, while other threads call. */

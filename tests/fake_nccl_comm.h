@@ -13,6 +13,7 @@ struct fake_comm {
   int rank, nRanks;
   int blocking, busy, error; /* busy: answers until it is ready; error: how it is then */
   int nChildren;
+  int awaits; /* it is not ready before all of its ranks have called */
   uint64_t hash;
 };
 

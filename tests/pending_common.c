@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 bool isPreload;
 const struct client *from;
@@ -15,7 +16,7 @@ fake_id next_id(void) {
   static atomic_int number;
   fake_id id = {{0}};
 
-  snprintf(id.bytes, sizeof(id.bytes), "id %d", atomic_fetch_add(&number, 1));
+  snprintf(id.bytes, sizeof(id.bytes), "id %d of %ld", atomic_fetch_add(&number, 1), (long)getpid());
   return id;
 }
 
@@ -49,6 +50,7 @@ static void reset(void) {
   doubles->launched = doubles->callsBefore = 0;
   nccl->polls = 1;
   nccl->initError = nccl->lateSuccess = nccl->result = 0;
+  nccl->awaitsRanks = 1;
   nccl->childRanks = RANKS;
   unsetenv("NCCL_COMM_BLOCKING");
 }

@@ -77,7 +77,7 @@ static int double_ask_nccl(void *comm, const volatile int32_t *abort) {
 typedef struct double_meeting {
   uint64_t hash;
   int step, nRanks, arrived, left;
-  bool hasFailed;
+  bool hasFailed, isGivenUp;
   struct double_meeting *next;
 } double_meeting_t;
 
@@ -109,20 +109,21 @@ static void double_leave(double_meeting_t *meeting) {
   free(meeting);
 }
 
-/* Whether all can. One that is aborted is missed by the others, who give up. */
+/* Whether all can: one that cannot comes, too, as in an agreement. One that is aborted is missed by the
+ * others, who give up. */
 static bool double_meet(uint64_t hash, int step, int nRanks, bool fails, const volatile int32_t *aborted) {
   double_meeting_t *meeting;
   bool isGood;
 
   pthread_mutex_lock(&doubleLock);
   meeting = double_arrive(hash, step, nRanks, fails);
-  while (meeting->arrived < meeting->nRanks && !meeting->hasFailed) {
+  while (meeting->arrived < meeting->nRanks && !meeting->isGivenUp) {
     pthread_mutex_unlock(&doubleLock);
     double_pause();
     pthread_mutex_lock(&doubleLock);
-    if (__atomic_load_n(aborted, __ATOMIC_ACQUIRE)) meeting->hasFailed = true;
+    if (__atomic_load_n(aborted, __ATOMIC_ACQUIRE)) meeting->isGivenUp = true;
   }
-  isGood = !meeting->hasFailed;
+  isGood = !meeting->hasFailed && !meeting->isGivenUp;
   double_leave(meeting);
   pthread_mutex_unlock(&doubleLock);
   return isGood;
