@@ -114,7 +114,7 @@ static const char *survivor(gpuSide_t *side, const plan_t *plan, cudaStream_t st
 static const char *victim(gpuSide_t *side, const plan_t *plan, cudaStream_t stream) {
   switch (plan->fault) {
   case FAULT_LATE: {
-    gpu_world_sleep_ms(TIMEOUT_MS * 3);
+    gpu_world_sleep_ms(TIMEOUT_MS * 2);
     ultraepResult_t result = call(side, plan->phase, stream);
     RANK_CUDA(cudaStreamSynchronize(stream));
     RANK_CHECK(result == ultraepSuccess || result == ultraepRemoteError, "the late call is %s",
