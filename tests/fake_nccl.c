@@ -268,7 +268,7 @@ static void fake_group_await(void) {
 static void fake_join(struct fake_comm *comm, int waits) {
   int *called;
 
-  if (!fakeState.awaitsRanks || !comm) return;
+  if (!fakeState.awaitsRanks) return;
   pthread_mutex_lock(&fakeLock);
   comm->awaits = 1;
   called = fake_called(comm->hash);
@@ -306,6 +306,7 @@ int pncclCommInitRank(void **comm, int nRanks, fake_id id, int rank) {
 
   if (fakeState.result > 1) return fakeState.result;
   result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(NULL, 1));
+  if (result != FAKE_SUCCESS && result != FAKE_IN_PROGRESS) return result;
   fake_join(*comm, result != FAKE_IN_PROGRESS || fake_group_depth() == 0);
   if (result != FAKE_IN_PROGRESS || fake_group_depth() > 0) return result;
   ((struct fake_comm *)*comm)->busy = 0; /* this call waits in any case */
@@ -317,7 +318,7 @@ FAKE_TWIN(ncclCommInitRankConfig);
 int pncclCommInitRankConfig(void **comm, int nRanks, fake_id id, int rank, void *config) {
   int result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(config, 1));
 
-  fake_join(*comm, result != FAKE_IN_PROGRESS);
+  if (result == FAKE_SUCCESS || result == FAKE_IN_PROGRESS) fake_join(*comm, result != FAKE_IN_PROGRESS);
   return result;
 }
 FAKE_WEAK(ncclCommInitRankConfig);
@@ -327,7 +328,7 @@ int pncclCommInitRankScalable(void **comm, int nRanks, int rank, int nIds, const
   int result = fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)),
                               fake_blocking(config, 1));
 
-  fake_join(*comm, result != FAKE_IN_PROGRESS);
+  if (result == FAKE_SUCCESS || result == FAKE_IN_PROGRESS) fake_join(*comm, result != FAKE_IN_PROGRESS);
   return result;
 }
 FAKE_WEAK(ncclCommInitRankScalable);
