@@ -47,7 +47,7 @@ static void comm_made(const void *comm, uint64_t id) {
   comm_id_set(comm, id);
 }
 
-/* Before the call that makes it. */
+/* Before the call that makes it. Without ids there is no name that all ranks could give. */
 static attendance_t *comm_attend(const p2p_unique_id_t *ids, int nIds, int nRanks, int rank) {
   if (!p2p_counts() || !schedule_is_wanted() || p2p_sees_all()) return NULL;
   if (!ids || nIds <= 0) return attendance_open(0, 0, 0);
@@ -210,7 +210,6 @@ int p2p_comm_grow(void *parent, int nRanks, const p2p_unique_id_t *id, int rank,
   if (!p2p_counts() || !p2p_issued(result)) return result;
   if (!comm || !*comm) return result;
   comm_made(*comm, 0);
-  /* New ranks may be ones whose calls we have missed, and there is no name that all could give. */
-  if (!p2p_sees_all()) made.attendance = attendance_open(0, 0, 0);
+  made.attendance = comm_attend(NULL, 0, nRanks, rank); /* a new rank's call may have been missed */
   return p2p_pending_made(&made, 1, result);
 }

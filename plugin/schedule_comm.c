@@ -383,9 +383,10 @@ static unsigned long long comm_stream_id(cudaStream_t stream) {
   return cudaStreamGetId(stream, &id) == cudaSuccess ? id : (unsigned long long)(uintptr_t)stream;
 }
 
-static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
+static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, unsigned long long id,
+                              bool captured) {
   if (!comm->usesEvents) {
-    if (!captured && (comm->launched == 0 || comm->only == comm_stream_id(stream))) return cudaSuccess;
+    if (!captured && (comm->launched == 0 || comm->only == id)) return cudaSuccess;
     comm->usesEvents = true;
     if (comm->launched == 0) return cudaSuccess;
     cudaError_t error = (cudaError_t)kernelP2pAwait(&comm->p2p, comm->launched, comm->self->stream);
@@ -401,20 +402,20 @@ static _Atomic uint64_t commLaunches;
 static _Atomic uint64_t commNewest[COMM_STREAMS];
 
 /* By the launch that is next in the stream. */
-static kernelP2pBefore_t comm_before(scheduleComm_t *comm, cudaStream_t stream) {
+static kernelP2pBefore_t comm_before(scheduleComm_t *comm, unsigned long long id) {
   const uint64_t number = atomic_fetch_add(&commLaunches, 1) + 1, last = comm->newest;
 
   comm->newest = number;
   if (comm->usesEvents) return KERNEL_P2P_APART;
-  if (atomic_exchange(&commNewest[comm_stream_id(stream) % COMM_STREAMS], number) != last)
-    return KERNEL_P2P_APART;
+  if (atomic_exchange(&commNewest[id % COMM_STREAMS], number) != last) return KERNEL_P2P_APART;
   return comm->before;
 }
 
-static cudaError_t comm_record(scheduleComm_t *comm, cudaStream_t stream, bool captured) {
+static cudaError_t comm_record(scheduleComm_t *comm, cudaStream_t stream, unsigned long long id,
+                               bool captured) {
   comm->launched++;
   if (!comm->usesEvents) {
-    comm->only = comm_stream_id(stream);
+    comm->only = id;
     return cudaSuccess;
   }
   return cudaEventRecordWithFlags(comm->last, stream,
@@ -455,8 +456,9 @@ static void comm_share_buffers(scheduleComm_t *comm, const kernelP2pLane_t *lane
   }
 }
 
-static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStream_t stream, bool captured) {
-  kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps, comm_before(comm, stream)};
+static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStream_t stream,
+                             unsigned long long id, bool captured) {
+  kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps, comm_before(comm, id)};
   schedulePlace_t *place = NULL;
   cudaError_t error;
 
@@ -473,15 +475,16 @@ static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStr
 static int comm_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
   cudaStream_t stream = ops[0].stream;
   bool captured = nccl_is_captured(stream);
+  const unsigned long long id = captured || comm->usesEvents ? 0 : comm_stream_id(stream); /* then unused */
   int nLanes, result;
 
   if (!comm_make_room(comm, n)) return P2P_NCCL_SYSTEM_ERROR;
   nLanes = schedule_lanes(ops, n, comm->self->nRanks, comm->lanes, comm->sorted, comm->from, comm->counts);
   comm_share_buffers(comm, comm->lanes, nLanes, ops);
   result = comm_result(comm_join(ops, n, stream, true));
-  if (result == P2P_NCCL_SUCCESS) result = comm_result(comm_order(comm, stream, captured));
-  if (result == P2P_NCCL_SUCCESS) result = comm_launch_group(comm, nLanes, n, stream, captured);
-  if (result == P2P_NCCL_SUCCESS) result = comm_result(comm_record(comm, stream, captured));
+  if (result == P2P_NCCL_SUCCESS) result = comm_result(comm_order(comm, stream, id, captured));
+  if (result == P2P_NCCL_SUCCESS) result = comm_launch_group(comm, nLanes, n, stream, id, captured);
+  if (result == P2P_NCCL_SUCCESS) result = comm_result(comm_record(comm, stream, id, captured));
   return result == P2P_NCCL_SUCCESS ? comm_result(comm_join(ops, n, stream, false)) : result;
 }
 
