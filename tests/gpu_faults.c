@@ -163,6 +163,7 @@ static const char *fault_rank(gpuWorld_t *world, int rank, void *argument) {
   /* A round that works, so that a route stands and kernels have run. */
   RANK_DO(gpu_device_enqueue(&side, &data, false, stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
+  RANK_OK(ultraepGroupStatus(side.group, NULL));
   RANK_MEET(world);
 
   bool isAway = rank == (plan->fault == FAULT_ABORT_WAITING ? 0 : VICTIM);

@@ -285,7 +285,7 @@ static void check_missing(missing_t how, uint64_t bytes, bool isMapped) {
   test_fill(&random);
   assert_true(p2p_groups_make(&test.world, test.transfers, test.n));
   GPU_OK(p2p_launch(&test.world, 3));
-  if (how != MISSING_TIMEOUT) assert_false(p2p_wait(&test.world, 0.3));
+  if (how != MISSING_TIMEOUT) assert_false(p2p_wait(&test.world, 0.1));
   for (int r = 0; r < 2 && how == MISSING_ABORT; r++) test.world.ranks[r].failure->abort = 1;
   p2pRank_t *missing = &test.world.ranks[2];
   GPU_OK(p2p_use(2));

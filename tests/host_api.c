@@ -1,6 +1,7 @@
 /* The public calls one by one: messages, worlds, groups, regions and routes, with good and bad arguments. */
 #include "error.h"
 #include "host_common.h"
+#include "sanitized.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -141,13 +142,7 @@ static void huge_rank(hostRankArg_t *self) {
 
 static void test_huge(void **state) {
   (void)state;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  skip();
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-  skip();
-#endif
-#endif
+  if (SANITIZED) skip();
   host_run(2, huge_rank, NULL);
 }
 

@@ -16,7 +16,7 @@ if [ "$1" = gpu ]; then
   fi
   grep -Eq '^GPU 0: .* \(UUID: GPU-[0-9a-f-]{36}\)$' out || fail "--list: $(cat out)"
   gpus=$(wc -l < out)
-  status 0 "$links" --bytes 4M -n 3 --flags 20 --ctas 1,16 -J o.json
+  status 0 "$links" --bytes 1M -n 3 --flags 20 --ctas 1,16 -J o.json
   grep -Eq '^# copy rate within a GPU: [0-9.]+ GB/s' out || fail "no copy rate: $(cat out)"
   grep -Eq '^# link rate: ([0-9.]+ GB/s, |none, )' out || fail "no link rate: $(cat out)"
   awk '!($1 > 0) { exit 1 }' <<< "$("$json" o.json copy_gbps)" || fail "copy rate $("$json" o.json copy_gbps)"

@@ -146,7 +146,7 @@ grep -q 'expert 5 is outside -1..3' err || fail "message of an expert out of ran
 status 1 "$perf" -n 1 --hidden 256 "${small[@]}" -J /nonexistent/o.json
 # More tokens than memory: said, not tried.
 awk 'BEGIN { printf "step,layer,microbatch,src"; for (e = 0; e < 16; e++) printf ",e%d", e; printf "\n1,0,0,-1";
-  for (e = 0; e < 16; e++) printf ",4000000"; print "" }' > huge.csv
+  for (e = 0; e < 16; e++) printf ",400000"; print "" }' > huge.csv
 status 1 "$perf" -t 4 --trace huge.csv --topk 2 --hidden 65536
 grep -q 'ask for fewer with --tokens' err || fail "message of too many tokens"
 status 0 "$perf" --help

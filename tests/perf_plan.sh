@@ -62,8 +62,10 @@ done
 sed 's/"sends":\([0-9]\)/"sends":9\1/' o.json > bad.json
 status 1 "$check" bad.json t.csv 16 2 16 99 99
 # 64 ranks, the traffic and the links of the README: at most half of direct sending, and 0.188 ms.
+records=10
+[ -z "${SANITIZED:-}" ] || records=2
 for skew in 1.5 2 3; do
-  status 0 "$plan" --zipf $skew --ranks 64 --experts 256 --slots 2 --tolerance 0.005 --records 10 --cost
+  status 0 "$plan" --zipf $skew --ranks 64 --experts 256 --slots 2 --tolerance 0.005 --records $records --cost
   grep -q '^#   712 GB/s, a copy 53.0 us: direct .* (rank [0-9]* sends [0-9]*, rank [0-9]* receives 1); relay ' out ||
     fail "--cost: the line of a record"
   sed -n 's/^# copies at .*, relay .* (worst \([0-9.]*\)), .* of direct (worst \([0-9.]*\))$/\1 \2/p' out > bars

@@ -2,6 +2,7 @@
  * several threads against a simple model of what must be counted, and many communicators. ctest sets which
  * roles, and ROLES_COUNT to who is to count: calls (those taken over alone), events (the profiler alone),
  * both, or none. */
+#include "sanitized.h"
 #include "takeover_common.h"
 #include "ultraep.h"
 
@@ -17,18 +18,8 @@
 
 #include <cmocka.h>
 
-enum { RANKS = 9, COMMS = 6, THREADS = 4, ACTIONS = 20000, DEPTH = 3, MANY = 10000 };
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-enum { IS_SLOW = 1 };
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer) || __has_feature(address_sanitizer)
-enum { IS_SLOW = 1 };
-#else
-enum { IS_SLOW = 0 };
-#endif
-#else
-enum { IS_SLOW = 0 };
-#endif
+enum { RANKS = 9, COMMS = 6, THREADS = 4, DEPTH = 3 };
+enum { ACTIONS = SANITIZED ? 4000 : 20000, MANY = SANITIZED ? 2000 : 10000 };
 
 typedef int64_t row_t[RANKS];
 
@@ -245,7 +236,7 @@ static void act_check(struct worker *worker) {
 static void *worker_run(void *argument) {
   struct worker *worker = argument;
 
-  for (int i = 0; i < (IS_SLOW ? ACTIONS / 5 : ACTIONS) && !worker->error[0]; i++) {
+  for (int i = 0; i < ACTIONS && !worker->error[0]; i++) {
     const uint32_t choice = next(worker, 100);
 
     if (choice < 4) act_make(worker);

@@ -1,6 +1,7 @@
 /* Taking calls over from libraries that know nothing of it: a fake NCCL, clients bound in several ways, and
  * the plugin's code with a record in place of the traffic record. With a word as argument it is run as one of
  * the other processes: see main. */
+#include "sanitized.h"
 #include "takeover_common.h"
 
 #include <dlfcn.h>
@@ -20,16 +21,7 @@
 
 /* A sanitizer's own dlopen stands between a caller and the loader, which then does not find the caller's
  * RUNPATH. */
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define SANITIZED 1
-#endif
-#endif
-#if defined(SANITIZED) || defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-enum { LATE_CASES = 2 };
-#else
-enum { LATE_CASES = 4 };
-#endif
+enum { LATE_CASES = SANITIZED ? 2 : 4 };
 
 enum { THREADS = 4, CALLS_PER_THREAD = 2000 };
 

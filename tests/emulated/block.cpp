@@ -1,3 +1,4 @@
+#include "../sanitized.h"
 #include "block.h"
 
 #include <cstdio>
@@ -6,14 +7,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define EMULATED_ASAN
-#endif
-#elif defined(__SANITIZE_ADDRESS__)
-#define EMULATED_ASAN
-#endif
-#ifdef EMULATED_ASAN
+#if SANITIZED_ADDRESS
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -24,7 +18,7 @@ static thread_local Block *block;
 
 namespace {
 
-#ifdef EMULATED_ASAN
+#if SANITIZED_ADDRESS
 constexpr size_t kStackBytes = 256 << 10;
 #else
 constexpr size_t kStackBytes = 64 << 10;
@@ -110,14 +104,14 @@ Block::Block(const emulatedKernel_t &kernelOf, const Place &first, void *const *
 // What the address sanitizer must know: before a switch to a stack, for which *fake keeps what belongs to
 // this one (null: this one ends), and after one, of the stack that was left.
 static void beforeSwitch(void **fake, const void *stack, size_t bytes) {
-#ifdef EMULATED_ASAN
+#if SANITIZED_ADDRESS
   __sanitizer_start_switch_fiber(fake, stack, bytes);
 #else
   (void)fake, (void)stack, (void)bytes;
 #endif
 }
 static void afterSwitch(void *fake, const void **stack, size_t *bytes) {
-#ifdef EMULATED_ASAN
+#if SANITIZED_ADDRESS
   __sanitizer_finish_switch_fiber(fake, stack, bytes);
 #else
   (void)fake, (void)stack, (void)bytes;

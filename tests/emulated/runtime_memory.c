@@ -3,6 +3,7 @@
  * All devices' memory is the host's. What cudaMalloc gives is a memory file between two pages that nobody may
  * touch, so that other processes can map it (cudaIpc); all else is the heap's. Either way AddressSanitizer
  * sees overruns. New memory holds a pattern, not zeros. */
+#include "../sanitized.h"
 #include "driver.h"
 #include "runtime.h"
 
@@ -11,12 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define MEMORY_ADDRESS_SANITIZER 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(MEMORY_ADDRESS_SANITIZER)
+#if SANITIZED_ADDRESS
 #include <sanitizer/asan_interface.h>
 #else
 #define ASAN_POISON_MEMORY_REGION(at, bytes) ((void)(at), (void)(bytes))
