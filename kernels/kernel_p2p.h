@@ -23,9 +23,14 @@
  * holding what another needs; but as with NCCL, all blocks of the ranks' kernels must be able to run at the
  * same time.
  *
- * Kernels of one rank on one communicator must run one after another (the caller orders streams). A kernel
- * ends when all its transfers have: sends when the data has left the sender's buffer and is in the receiver's
- * buffer or stages, receives when it is in the receiver's buffer. Or by failure: see kernelP2pFailure_t.
+ * Kernels of one rank on one communicator must run one after another (the caller orders streams). Where one
+ * begins while the one before it ends (`overlaps`), that saves the time of a launch: it waits for that one's
+ * end before it looks at anything, but has its blocks on SMs. So a kernel lets the next one, which may be
+ * somebody else's and fill the device, come only once no peer's kernel that it waits for has yet to begin.
+ *
+ * A kernel ends when all its transfers have: sends when the data has left the sender's buffer and is in the
+ * receiver's buffer or stages, receives when it is in the receiver's buffer. Or by failure: see
+ * kernelP2pFailure_t.
  *
  * Window of a rank, the same layout everywhere (offsets: kernelP2pLayout). From senders, by sender:
  *   marks   [R][KERNEL_P2P_RING]  kernelP2pMark_t, transfer n at n % RING
@@ -113,6 +118,7 @@ typedef struct {
   int32_t nBlocks;      /* of a kernel, at most */
   int32_t hasBulk;      /* sm_90 and later */
   int32_t sharedBytes;  /* of a block at most */
+  int32_t overlaps;     /* 1: see above; where hasBulk */
   uint64_t timeoutNs;   /* that the lanes of a warp may make no progress at all; 0: as long as it takes */
   char *const *windows; /* [R] device array */
   const kernelP2pMap_t *maps;
@@ -132,16 +138,6 @@ typedef struct {
   int32_t isRecv;
 } kernelP2pLane_t;
 
-/* Which kernel of this rank comes before a group's in its stream. Where one of them begins while the other is
- * not over, that saves the time of a launch; but then both have their blocks on SMs, though the later one
- * only waits. A small group's two have half of nBlocks each at most. A large group's kernel lets the next one
- * come once every peer that it still waits for has begun: so what the next one takes, nobody waits for. */
-typedef enum {
-  KERNEL_P2P_APART,       /* unknown, or in a graph: begins after it */
-  KERNEL_P2P_AFTER_SMALL, /* kernelP2pIsLarge said 0 */
-  KERNEL_P2P_AFTER_LARGE
-} kernelP2pBefore_t;
-
 /* What a rank does in one kernel; at most one lane for each (peer, direction). Groups that fit are given to
  * the kernel as its argument; others (kernelP2pFits false) must lie in memory that the device can read until
  * the kernel has run, for every replay. */
@@ -149,7 +145,8 @@ typedef struct {
   const kernelP2pLane_t *lanes;
   const kernelP2pOp_t *ops;
   int32_t nLanes, nOps;
-  int32_t before; /* kernelP2pBefore_t */
+  int32_t follows; /* 1: this rank's last kernel is what comes before it in the stream, and it may overlap
+                      with that one */
 } kernelP2pGroup_t;
 
 typedef struct {
@@ -164,7 +161,6 @@ size_t kernelP2pStateBytes(const kernelP2pGeometry_t *geometry);
 int kernelP2pFits(int32_t nLanes, int32_t nOps); /* 1: lanes and ops may lie in any host memory */
 /* Loads the kernels for the current device (see kernelsLoad). */
 int kernelP2pLoad(void);
-int kernelP2pIsLarge(const kernelP2p_t *p2p, const kernelP2pGroup_t *group); /* 1: it is */
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream);
 /* Makes the stream wait until that many kernels of this rank have ended since its state was made: an order
  * between streams that costs nothing where it is not needed. After an abort it waits some seconds at most, as

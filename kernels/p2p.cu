@@ -43,15 +43,17 @@ template <P2pForm kForm> constexpr int kP2pWarps = kForm == kP2pBulk ? 8 : 16;
 template <P2pForm kForm> constexpr int kP2pThreads = kP2pWarps<kForm> *kWarp;
 static_assert(kP2pMaxLanes <= 64 * (kP2pWarps<kP2pBulk> - kP2pMovers), "mindLanes counts so many");
 
-// Whether a kernel of so many blocks leaves as many to the next one.
-__host__ __device__ inline bool sharesSms(const kernelP2p_t &p, int nBlocks) {
-  return 2 * nBlocks <= p.nBlocks;
+// Whether all transfers go without jobs.
+inline bool isSmall(const kernelP2p_t &p, const kernelP2pGroup_t &group) {
+  return std::all_of(group.ops, group.ops + group.nOps,
+                     [&](const kernelP2pOp_t &op) { return op.bytes <= p.geometry.eagerBytes; });
 }
 
-// The last block leaves everything ready for the next kernel.
-__device__ inline void leaveP2p(const P2pContext &c) {
+// The last block leaves everything ready for the next kernel. letsNext: the block has not let it begin yet.
+__device__ inline void leaveP2p(const P2pContext &c, bool letsNext) {
   __syncthreads();
   if (threadIdx.x != 0) return;
+  if (letsNext && c.p.overlaps) letKernelAfterBegin();
   uint32_t before = 0;
   if (gridDim.x > 1) before = addAcquireReleaseDevice(&c.s.left, 1);
   if (before != gridDim.x - 1) return;
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kP2pThreads<kForm>, 1)
         min(uint32_t(kP2pMostStages), uint32_t(p.sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
     if (threadIdx.x == 0) {
       for (uint32_t i = 0; i < nStages; i++) barrierInit(&pipe.full[i]);
-      block.begin(c.nLanes);
+      block.begin(c.nLanes, p.overlaps);
       barrierInitFence();
       pipe.nTaken = pipe.nBegun = pipe.nLoaded = pipe.nFreed = pipe.isTakenAll = pipe.isLoadedAll = 0;
     }
@@ -89,10 +91,9 @@ __global__ void __launch_bounds__(kP2pThreads<kForm>, 1)
 #endif
   } else {
     awaitKernelBefore();
-    if (kForm == kP2pSmall && sharesSms(c.p, gridDim.x)) letKernelAfterBegin();
     mindLanes<kForm != kP2pSmall>(c, states, warp, kP2pWarps<kForm>, nullptr);
   }
-  leaveP2p(c);
+  leaveP2p(c, kForm == kP2pSmall);
 }
 
 constexpr uint64_t kP2pAbortNs = 4000000000; // within which a kernel that runs has seen an abort
@@ -122,9 +123,7 @@ cudaError_t launch(const kernelP2p_t *p, const kernelP2pLayout_t &layout, const 
   where.fill(group);
   uint32_t nStages =
       std::min<uint32_t>(kP2pMostStages, uint32_t(p->sharedBytes - int(kP2pStatic)) / kP2pStageRoom);
-  bool overlaps = p->hasBulk &&
-                  (group.before == KERNEL_P2P_AFTER_LARGE ||
-                   (group.before == KERNEL_P2P_AFTER_SMALL && kForm == kP2pSmall && sharesSms(*p, nBlocks)));
+  bool overlaps = p->hasBulk && p->overlaps && group.follows;
   size_t bytes = kForm == kP2pBulk ? nStages * size_t(kP2pStageRoom) : 0;
   return launchKernel(p2pKernel<kForm, Where>, {nBlocks, kP2pThreads<kForm>, bytes, stream, overlaps}, *p,
                       layout, group, where);
@@ -135,12 +134,11 @@ cudaError_t launchForm(const kernelP2p_t *p, const kernelP2pLayout_t &layout, co
                        cudaStream_t stream) {
   uint64_t bytes = 0;
   for (int i = 0; i < group.nOps; i++) bytes += group.ops[i].bytes;
-  if (!kernelP2pIsLarge(p, &group)) {
+  if (isSmall(*p, group)) {
     // One block where it will do: it need not meet others at the end.
     constexpr int kWarps = kP2pWarps<kP2pSmall>;
     int64_t forLanes = (group.nLanes + kWarps - 1) / kWarps, forBytes = int64_t(bytes / kP2pSmallShare);
-    int most = p->hasBulk ? std::max(p->nBlocks / 2, 1) : p->nBlocks; // the next one has as many
-    int nBlocks = int(std::min<int64_t>(most, std::max(forLanes, forBytes)));
+    int nBlocks = int(std::min<int64_t>(p->nBlocks, std::max(forLanes, forBytes)));
     if (P2pFew::fits(group.nLanes, group.nOps))
       return launch<kP2pSmall, P2pFew>(p, layout, group, nBlocks, stream);
     return launch<kP2pSmall, Where>(p, layout, group, nBlocks, stream);
@@ -193,11 +191,6 @@ int kernelP2pLoad(void) {
        kernelAddress(p2pKernel<kP2pPortable, P2pElsewhere>), kernelAddress(p2pKernel<kP2pBulk, P2pFew>),
        kernelAddress(p2pKernel<kP2pBulk, P2pMany>), kernelAddress(p2pKernel<kP2pBulk, P2pElsewhere>),
        kernelAddress(leaveKernel), kernelAddress(awaitKernel)});
-}
-
-int kernelP2pIsLarge(const kernelP2p_t *p2p, const kernelP2pGroup_t *group) {
-  return std::any_of(group->ops, group->ops + group->nOps,
-                     [&](const kernelP2pOp_t &op) { return op.bytes > p2p->geometry.eagerBytes; });
 }
 
 int kernelP2pLaunch(const kernelP2p_t *p2p, const kernelP2pGroup_t *group, cudaStream_t stream) {

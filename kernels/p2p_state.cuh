@@ -334,14 +334,15 @@ struct P2pBlock {
   static constexpr uint32_t kSleepNs = 20000; // at most, at a time
   uint64_t wake;                              // barrier
   uint32_t isOver, hasWarpJobs;
-  uint32_t nUnmet; // lanes of the block
+  uint32_t nUnmet; // lanes of the block; the next kernel may begin at 0
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   // By one thread.
-  __device__ void begin(int nLanes) {
+  __device__ void begin(int nLanes, bool overlaps) {
     barrierInit(&wake);
     isOver = hasWarpJobs = 0;
     nUnmet = uint32_t(max((nLanes - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x), 0));
+    if (!overlaps) nUnmet += kP2pMaxLanes; // never
     if (nUnmet == 0) letKernelAfterBegin();
   }
   __device__ void tell(uint32_t *what, bool is) {

@@ -10,10 +10,12 @@
 
 struct attendance {
   uint64_t id;
-  int nRanks, held; /* held: the socket, -1: none */
+  int nRanks;
+  int held, asking; /* sockets, -1: none. The second is there before any rank finds this one, which then can
+                       ask, too */
 };
 
-static attendance_t attendanceAbsent = {.held = -1};
+static attendance_t attendanceAbsent = {.held = -1, .asking = -1};
 
 /* Returns its length. */
 static socklen_t attendance_name(uint64_t id, int rank, struct sockaddr_un *name) {
@@ -36,8 +38,10 @@ attendance_t *attendance_open(uint64_t id, int nRanks, int rank) {
   attendance_t *attendance = nRanks > 0 ? malloc(sizeof(*attendance)) : NULL;
 
   if (!attendance) return &attendanceAbsent;
-  *attendance = (attendance_t){.id = id, .nRanks = nRanks, .held = attendance_socket()};
-  if (attendance->held >= 0 && bind(attendance->held, (const struct sockaddr *)&name, length) == 0)
+  *attendance =
+      (attendance_t){.id = id, .nRanks = nRanks, .held = attendance_socket(), .asking = attendance_socket()};
+  if (attendance->held >= 0 && attendance->asking >= 0 &&
+      bind(attendance->held, (const struct sockaddr *)&name, length) == 0)
     return attendance;
   attendance_close(attendance);
   return &attendanceAbsent;
@@ -45,23 +49,21 @@ attendance_t *attendance_open(uint64_t id, int nRanks, int rank) {
 
 bool attendance_is_full(const attendance_t *attendance) {
   bool isFull = true;
-  int asking;
 
   if (!attendance) return true;
-  asking = attendance->held >= 0 ? attendance_socket() : -1;
-  if (asking < 0) return false;
+  if (attendance->asking < 0) return false;
   for (int rank = 0; rank < attendance->nRanks && isFull; rank++) {
     struct sockaddr_un name;
     const socklen_t length = attendance_name(attendance->id, rank, &name);
 
-    isFull = connect(asking, (const struct sockaddr *)&name, length) == 0;
+    isFull = connect(attendance->asking, (const struct sockaddr *)&name, length) == 0;
   }
-  (void)close(asking);
   return isFull;
 }
 
 void attendance_close(attendance_t *attendance) {
   if (!attendance || attendance == &attendanceAbsent) return;
   if (attendance->held >= 0) (void)close(attendance->held);
+  if (attendance->asking >= 0) (void)close(attendance->asking);
   free(attendance);
 }

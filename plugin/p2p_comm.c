@@ -47,10 +47,11 @@ static void comm_made(const void *comm, uint64_t id) {
   comm_id_set(comm, id);
 }
 
-/* Before the call that makes it. Without ids there is no name that all ranks could give. */
+/* Before the call that makes it. Without ids there is no name that all ranks could give, and with
+ * NCCL_COMM_ID all communicators have the same one. */
 static attendance_t *comm_attend(const p2p_unique_id_t *ids, int nIds, int nRanks, int rank) {
   if (!p2p_counts() || !schedule_is_wanted() || p2p_sees_all()) return NULL;
-  if (!ids || nIds <= 0) return attendance_open(0, 0, 0);
+  if (!ids || nIds <= 0 || getenv("NCCL_COMM_ID")) return attendance_open(0, 0, 0);
   return attendance_open(comm_id_hash((uint64_t)nRanks, ids, (size_t)nIds * sizeof(*ids)), nRanks, rank);
 }
 

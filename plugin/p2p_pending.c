@@ -261,7 +261,8 @@ static void pending_set_up(pending_work_t *work) {
     work->setups[work->n++] = &entry->setup;
   }
   pthread_mutex_unlock(&pendingLock);
-  if (work->n > 0) schedule_comms_made(work->comms, work->setups, work->n);
+  /* One that is lost says so itself when it is asked. */
+  if (work->n > 0) (void)schedule_comms_made(work->comms, work->setups, work->n);
 }
 
 static void *pending_run(void *argument) {
@@ -344,7 +345,7 @@ static void pending_leave(const p2pMade_t *made, int n) {
 
 static int pending_made_now(const p2pMade_t *made, int n, int result) {
   void **comms = calloc((size_t)n, sizeof(*comms));
-  int nMeeting = 0;
+  int nMeeting = 0, met;
 
   if (!comms && schedule_is_wanted()) result = P2P_NCCL_SYSTEM_ERROR;
   pthread_mutex_lock(&pendingLock);
@@ -355,7 +356,8 @@ static int pending_made_now(const p2pMade_t *made, int n, int result) {
     if (pending_meets(made[i].attendance)) comms[nMeeting++] = *made[i].place;
   }
   pthread_mutex_unlock(&pendingLock);
-  if (nMeeting > 0) schedule_comms_made(comms, NULL, nMeeting);
+  met = nMeeting > 0 ? schedule_comms_made(comms, NULL, nMeeting) : P2P_NCCL_SUCCESS;
+  if (result == P2P_NCCL_SUCCESS) result = met;
   pending_leave(made, n);
   free(comms);
   return result;
@@ -439,7 +441,7 @@ int p2p_pending_group_check(int result) {
   bool isLater = result == P2P_NCCL_IN_PROGRESS;
   pending_entry_t *taken = NULL;
   void **comms = NULL;
-  int n;
+  int n, met;
 
   pthread_mutex_lock(&pendingLock);
   n = pending_count_mine(&isLater);
@@ -454,7 +456,8 @@ int p2p_pending_group_check(int result) {
     n = pending_group_there(taken, comms);
   }
   pthread_mutex_unlock(&pendingLock);
-  if (n > 0) schedule_comms_made(comms, NULL, n);
+  met = n > 0 ? schedule_comms_made(comms, NULL, n) : P2P_NCCL_SUCCESS;
+  if (result == P2P_NCCL_SUCCESS) result = met;
   while (taken) pending_free(pending_unlink(&taken));
   free(comms);
   return result;

@@ -83,8 +83,10 @@ bool schedule_setup_is_aborted(scheduleSetup_t *setup); /* not where setup is nu
 
 /* Whether communicators are to be scheduled where they can. */
 bool schedule_is_wanted(void);
-/* Collective: the communicators, all ready, were made by one call or group. setups: [n], or null. */
-void schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n);
+/* Collective: the communicators, all ready, were made by one call or group. setups: [n], or null. Returns
+ * NCCL's code, not success where one is lost: a rank that should have met the others did not, and what they
+ * have begun on it together stays. Calls on such a one are refused. */
+int schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n);
 /* Whether the calling thread makes NCCL's calls for us: what it asks NCCL is not the program's question. */
 bool schedule_is_own_thread(void);
 /* The communicator ends: waits for what was launched, or with abort set ends it. */

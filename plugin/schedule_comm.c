@@ -14,8 +14,9 @@
 #include <time.h>
 
 enum {
-  COMM_VERSION = 1, /* of the agreement and the kernel's protocol */
-  COMM_SETUP_TIMEOUT_MS = 60000,
+  COMM_VERSION = 2,               /* of the agreement and the kernel's protocol */
+  COMM_FIRST_TIMEOUT_MS = 600000, /* in which all ranks come, where the program waits */
+  COMM_SETUP_TIMEOUT_MS = 60000,  /* and go on */
   COMM_ABORT_WAIT_MS = 5000
 };
 
@@ -32,9 +33,9 @@ struct scheduleComm {
    * number is kept. From the first one that is not, each waits for an event and records it. */
   unsigned long long only; /* the stream, by its id: its handle may come again */
   uint64_t launched;
-  kernelP2pBefore_t before; /* what the last launch is to the next, */
-  uint64_t newest;          /* if that one's number is still its stream's newest, see comm_before */
+  uint64_t newest; /* number of the last launch, see comm_follows; 0: none, or it failed */
   bool usesEvents;
+  bool isLost; /* not all ranks came to set it up: neither we nor NCCL can use it */
   cudaEvent_t last;
   schedulePlace_t *places;
   atomic_int broken; /* NCCL's code of a launch that failed: peers wait for it in vain */
@@ -112,6 +113,7 @@ static ultraepResult_t comm_prepare(scheduleComm_t *comm, const kernelP2pGeometr
                             .nBlocks = comm_ctas(settings),
                             .hasBulk = major >= 9,
                             .sharedBytes = limit,
+                            .overlaps = settings->p2pOverlap,
                             .timeoutNs = (uint64_t)settings->p2pTimeoutMs * 1000000,
                             .maps = (kernelP2pMap_t *)(mapped + failure),
                             .failure = (kernelP2pFailure_t *)mapped};
@@ -158,6 +160,7 @@ static ultraepResult_t comm_agree(scheduleComm_t *comm, const commOffer_t *mine)
       result =
           error_set(ultraepInvalidUsage, "ULTRAEP_P2P settings or versions differ between ranks 0 and %d", r);
   }
+  if (result == ultraepInvalidUsage) settings_warn("scheduling: %s", ultraepGetLastError());
   if (result == ultraepSuccess && comm->share)
     if (schedule_share_start(comm->share, ranks,
                              (kernelP2pMap_t *)((char *)comm->pinned + (sizeof(kernelP2pFailure_t) + 255) /
@@ -218,9 +221,7 @@ static ultraepResult_t comm_set_up(scheduleComm_t *comm) {
   const settings_t *settings = settings_get();
   const int nRanks = comm->self->nRanks;
   commOffer_t mine = {.version = COMM_VERSION, .geometry = comm_geometry(settings, nRanks)};
-  ultraepResult_t result = nRanks < 2 || nRanks > KERNEL_P2P_MAX_RANKS
-                               ? error_set(ultraepInvalidUsage, "%d ranks", nRanks)
-                               : comm_prepare(comm, &mine.geometry);
+  ultraepResult_t result = comm_prepare(comm, &mine.geometry);
   scheduleShare_t *share;
 
   if (result == ultraepSuccess && settings->p2pShare != SETTINGS_SHARE_OFF)
@@ -240,21 +241,29 @@ static ultraepResult_t comm_set_up(scheduleComm_t *comm) {
   return result;
 }
 
-/* Where the program waits in the call that makes the communicator, all ranks are there. Else one may come as
- * late as one that it sends to. */
+/* Where the program waits in the call that makes the communicator, all ranks are there, though one's call may
+ * make others, too. Else one may come as late as one that it sends to. */
 static int comm_patience_ms(const scheduleSetup_t *setup) {
-  const int ms = settings_get()->p2pTimeoutMs;
+  const int asked = settings_get()->p2pTimeoutMs, ms = asked > 0 ? asked : INT32_MAX;
 
-  if (!setup) return COMM_SETUP_TIMEOUT_MS;
-  return ms > 0 ? ms : INT32_MAX;
+  return setup || ms < COMM_FIRST_TIMEOUT_MS ? ms : COMM_FIRST_TIMEOUT_MS;
 }
 
-static ultraepResult_t comm_make(void *handle, scheduleSetup_t *setup, scheduleComm_t **made) {
+typedef struct {
+  void *handle;
+  scheduleSetup_t *setup;
+  bool isTold; /* all ranks know what became of it */
+  int result;  /* NCCL's code, for the program's call */
+} commOpening_t;
+
+/* Where it fails: *made is null, or a communicator that is lost. */
+static ultraepResult_t comm_make(commOpening_t *opening, scheduleComm_t **made) {
+  scheduleSetup_t *setup = opening->setup;
   scheduleComm_t *comm = calloc(1, sizeof(*comm));
   ultraepResult_t result;
 
   if (!comm) return error_set(ultraepSystemError, "no memory for scheduling");
-  result = nccl_rank_open(handle, comm_patience_ms(setup), &comm->self);
+  result = nccl_rank_open(opening->handle, comm_patience_ms(setup), &comm->self);
   if (result != ultraepSuccess) {
     free(comm);
     return result;
@@ -263,55 +272,73 @@ static ultraepResult_t comm_make(void *handle, scheduleSetup_t *setup, scheduleC
   schedule_setup_watch(setup, &comm->self->failure->abort);
   result = comm_set_up(comm);
   schedule_setup_watch(setup, NULL);
-  if (result != ultraepSuccess) {
+  opening->isTold = !comm->self->isStuck;
+  comm->isLost = !opening->isTold && !schedule_setup_is_aborted(setup);
+  if (result != ultraepSuccess && !comm->isLost) {
     comm_free(comm);
     return result;
   }
+  if (comm->isLost) atomic_store(&comm->broken, P2P_NCCL_REMOTE_ERROR);
   comm->p2p.windows = comm->window.devicePeers;
   *made = comm;
-  return ultraepSuccess;
-}
-
-typedef struct {
-  void *handle;
-  scheduleSetup_t *setup;
-} commOpening_t;
-
-/* On the communicator's device. */
-static ultraepResult_t comm_make_there(const commOpening_t *opening, scheduleComm_t **made) {
-  const ncclSymbols_t *nccl;
-  int device, entered;
-  ultraepResult_t result = nccl_symbols_find(&nccl);
-
-  if (result != ultraepSuccess) return result;
-  if (nccl->CommCuDevice(opening->handle, &device) != 0)
-    return error_set(ultraepInvalidUsage, "its device is not known");
-  entered = nccl_device_enter(device);
-  result = comm_make(opening->handle, opening->setup, made);
-  nccl_device_leave(entered);
   return result;
 }
 
-/* One communicator. The program may be capturing a graph, here or in another thread, which memory that is
- * allocated meanwhile must not end. */
+/* What all ranks find alike, without a word. */
+static ultraepResult_t comm_look(void *handle, int *device) {
+  const ncclSymbols_t *nccl;
+  ultraepResult_t result = nccl_symbols_find(&nccl);
+  int nRanks;
+
+  if (result != ultraepSuccess) return result;
+  if (nccl->CommCount(handle, &nRanks) != 0 || nccl->CommCuDevice(handle, device) != 0)
+    return error_set(ultraepInvalidUsage, "its size or device is not known");
+  if (nRanks < 2 || nRanks > KERNEL_P2P_MAX_RANKS)
+    return error_set(ultraepInvalidUsage, "%d rank%s", nRanks, nRanks == 1 ? "" : "s");
+  return ultraepSuccess;
+}
+
+/* What became of the communicator. Where this rank has not met the others it is lost: what they have begun on
+ * it together would meet the program's next call on this one. */
+static void comm_opened(commOpening_t *opening, ultraepResult_t result, scheduleComm_t *made) {
+  if (made) schedule_add_comm(opening->handle, made);
+  if (schedule_setup_is_aborted(opening->setup)) return;
+  if (result == ultraepSuccess) {
+    if (settings_is_verbose())
+      settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks",
+                    opening->handle, made->self->rank, made->self->nRanks, made->p2p.nBlocks);
+  } else if (!opening->isTold) {
+    opening->result = made ? P2P_NCCL_REMOTE_ERROR : P2P_NCCL_SYSTEM_ERROR;
+    settings_warn("communicator %p cannot be used, as its ranks could not agree who moves its data: %s; with "
+                  "ULTRAEP_P2P=observe on all ranks NCCL does",
+                  opening->handle, ultraepGetLastError());
+  } else if (settings_tells_unscheduled()) {
+    settings_warn("sends and receives of a communicator are left to NCCL: %s", ultraepGetLastError());
+  }
+}
+
+/* One communicator, on its device. The program may be capturing a graph, here or in another thread, which
+ * memory that is allocated meanwhile must not end. */
 static void *comm_open(void *argument) {
-  const commOpening_t *opening = argument;
+  commOpening_t *opening = argument;
   enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   scheduleComm_t *made = NULL;
   ultraepResult_t result;
+  int device, entered;
 
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
   nccl_own_calls(true);
-  result = comm_make_there(opening, &made);
+  result = comm_look(opening->handle, &device);
+  if (result != ultraepSuccess) {
+    opening->isTold = true; /* as good as */
+  } else {
+    entered = nccl_device_enter(device);
+    result = comm_make(opening, &made);
+    nccl_device_leave(entered);
+  }
   nccl_own_calls(false);
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  if (result == ultraepSuccess && settings_is_verbose())
-    settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks",
-                  opening->handle, made->self->rank, made->self->nRanks, made->p2p.nBlocks);
-  if (result == ultraepSuccess)
-    schedule_add_comm(opening->handle, made);
-  else if (!schedule_setup_is_aborted(opening->setup) && settings_tells_unscheduled())
-    settings_warn("sends and receives of a communicator are left to NCCL: %s", ultraepGetLastError());
+  comm_opened(opening, result, made);
   return NULL;
 }
 
@@ -330,35 +357,37 @@ typedef struct {
 } commThread_t;
 
 /* Ranks of one communicator may be among them, which wait for each other. */
-static void comms_open(void *const *comms, scheduleSetup_t *const *setups, int n) {
+static int comms_open(void *const *comms, scheduleSetup_t *const *setups, int n) {
   commThread_t *threads = calloc((size_t)n, sizeof(*threads));
+  int result = P2P_NCCL_SUCCESS;
 
   if (!threads) {
-    settings_warn("sends and receives of %d communicators are left to NCCL: no memory", n);
-    return;
+    settings_warn("%d communicators cannot be used: no memory to set them up", n);
+    return P2P_NCCL_SYSTEM_ERROR;
   }
   for (int i = 0; i < n; i++) {
-    threads[i].opening = (commOpening_t){comms[i], setups ? setups[i] : NULL};
+    threads[i].opening = (commOpening_t){.handle = comms[i], .setup = setups ? setups[i] : NULL};
     threads[i].isStarted =
         i + 1 < n && pthread_create(&threads[i].thread, NULL, comm_open, &threads[i].opening) == 0;
   }
   for (int i = 0; i < n; i++)
     if (!threads[i].isStarted) comm_open(&threads[i].opening);
-  for (int i = 0; i < n; i++)
+  for (int i = 0; i < n; i++) {
     if (threads[i].isStarted) pthread_join(threads[i].thread, NULL);
+    if (result == P2P_NCCL_SUCCESS) result = threads[i].opening.result;
+  }
   free(threads);
+  return result;
 }
 
-void schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n) {
+int schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n) {
   commOpening_t one;
 
-  if (!schedule_is_wanted() || n == 0) return;
-  if (n > 1) {
-    comms_open(comms, setups, n);
-    return;
-  }
-  one = (commOpening_t){comms[0], setups ? setups[0] : NULL};
+  if (!schedule_is_wanted() || n == 0) return P2P_NCCL_SUCCESS;
+  if (n > 1) return comms_open(comms, setups, n);
+  one = (commOpening_t){.handle = comms[0], .setup = setups ? setups[0] : NULL};
   comm_open(&one);
+  return one.result;
 }
 
 /* ---- launching ---- */
@@ -401,14 +430,13 @@ static cudaError_t comm_order(scheduleComm_t *comm, cudaStream_t stream, unsigne
 static _Atomic uint64_t commLaunches;
 static _Atomic uint64_t commNewest[COMM_STREAMS];
 
-/* By the launch that is next in the stream. */
-static kernelP2pBefore_t comm_before(scheduleComm_t *comm, unsigned long long id) {
+/* Whether the launch that is next in the stream comes directly after this communicator's last one. */
+static bool comm_follows(scheduleComm_t *comm, unsigned long long id) {
   const uint64_t number = atomic_fetch_add(&commLaunches, 1) + 1, last = comm->newest;
+  const uint64_t newest = atomic_exchange(&commNewest[id % COMM_STREAMS], number);
 
   comm->newest = number;
-  if (comm->usesEvents) return KERNEL_P2P_APART;
-  if (atomic_exchange(&commNewest[id % COMM_STREAMS], number) != last) return KERNEL_P2P_APART;
-  return comm->before;
+  return last != 0 && newest == last && !comm->usesEvents;
 }
 
 static cudaError_t comm_record(scheduleComm_t *comm, cudaStream_t stream, unsigned long long id,
@@ -458,7 +486,7 @@ static void comm_share_buffers(scheduleComm_t *comm, const kernelP2pLane_t *lane
 
 static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStream_t stream,
                              unsigned long long id, bool captured) {
-  kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps, comm_before(comm, id)};
+  kernelP2pGroup_t group = {comm->lanes, comm->sorted, nLanes, nOps, !captured && comm_follows(comm, id)};
   schedulePlace_t *place = NULL;
   cudaError_t error;
 
@@ -467,7 +495,7 @@ static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStr
     if (!place) return P2P_NCCL_SYSTEM_ERROR;
   }
   error = (cudaError_t)kernelP2pLaunch(&comm->p2p, &group, stream);
-  comm->before = kernelP2pIsLarge(&comm->p2p, &group) ? KERNEL_P2P_AFTER_LARGE : KERNEL_P2P_AFTER_SMALL;
+  if (error != cudaSuccess) comm->newest = 0;
   if (error == cudaSuccess && place && !captured) error = schedule_place_launched(place, stream);
   return comm_result(error);
 }
@@ -475,7 +503,7 @@ static int comm_launch_group(scheduleComm_t *comm, int nLanes, int nOps, cudaStr
 static int comm_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
   cudaStream_t stream = ops[0].stream;
   bool captured = nccl_is_captured(stream);
-  const unsigned long long id = captured || comm->usesEvents ? 0 : comm_stream_id(stream); /* then unused */
+  const unsigned long long id = captured ? 0 : comm_stream_id(stream); /* then unused */
   int nLanes, result;
 
   if (!comm_make_room(comm, n)) return P2P_NCCL_SYSTEM_ERROR;
@@ -493,6 +521,7 @@ int schedule_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
   enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   int entered, result;
 
+  if (comm->isLost) return P2P_NCCL_REMOTE_ERROR;
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
   entered = nccl_device_enter(comm->self->device);
   pthread_mutex_lock(&comm->lock);
@@ -533,7 +562,9 @@ void schedule_comm_ends(const void *handle, bool abort) {
   entered = nccl_device_enter(comm->self->device);
   if (abort) comm->failure->abort = 1;
   schedule_wait_unused(comm);
-  if (comm_wait(comm, abort ? COMM_ABORT_WAIT_MS : -1)) {
+  if (comm->isLost) {
+    /* nothing was launched, and its memory stays */
+  } else if (comm_wait(comm, abort ? COMM_ABORT_WAIT_MS : -1)) {
     if (kernelP2pLeave(&comm->p2p, comm->self->stream) == cudaSuccess)
       (void)cudaStreamSynchronize(comm->self->stream);
   } else {

@@ -41,6 +41,14 @@ static const setting_t settingsTable[] = {
      .min = 0,
      .max = 128,
      .help = "thread blocks (SMs) that a scheduled group may use; 0: as many as NCCL_MAX_CTAS says, else 16"},
+    {.name = "ULTRAEP_P2P_OVERLAP",
+     .type = SETTING_SWITCH,
+     .offset = offsetof(settings_t, p2pOverlap),
+     .byDefault = "1",
+     .help =
+         "1: the kernel after a scheduled group's may begin while that one ends, if it was launched to do "
+         "so (programmatic dependent launch): our own, and others, which must wait for it themselves as "
+         "CUDA asks of them; 0: none does"},
     {.name = "ULTRAEP_P2P_STAGE_KB",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pStageKb),

@@ -21,6 +21,7 @@ enum { SETTINGS_SHARE_SAFE, SETTINGS_SHARE_ALL, SETTINGS_SHARE_OFF };
 typedef struct {
   int32_t p2p;     /* SETTINGS_P2P_... */
   bool p2pIsAsked; /* the variable is set */
+  bool p2pOverlap;
   int32_t p2pCtas; /* thread blocks of a scheduled group; 0: NCCL_MAX_CTAS, or 16 */
   int32_t p2pStageKb, p2pStages, p2pEagerKb;
   int32_t p2pTimeoutMs;  /* 0: none */

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -71,6 +72,27 @@ static void test_none(void **state) {
   attendance_close(first);
 }
 
+/* A rank that others find can ask, too, though it could not open another file by now. */
+static void test_no_files_left(void **state) {
+  const uint64_t id = next_id();
+  attendance_t *ranks[2] = {attendance_open(id, 2, 0), attendance_open(id, 2, 1)}, *late;
+  struct rlimit before, none;
+  bool areFull;
+
+  (void)state;
+  assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+  none = before;
+  none.rlim_cur = 0;
+  assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+  areFull = attendance_is_full(ranks[0]) && attendance_is_full(ranks[1]);
+  late = attendance_open(next_id(), 1, 0);
+  assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+  assert_true(areFull);
+  assert_false(attendance_is_full(late));
+  attendance_close(late);
+  for (int r = 0; r < 2; r++) attendance_close(ranks[r]);
+}
+
 /* Ranks are processes; what one held is gone with it, however it ended. */
 static void test_processes(void **state) {
   const uint64_t id = next_id();
@@ -108,6 +130,7 @@ static void test_processes(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_full), cmocka_unit_test(test_missing),
-                                     cmocka_unit_test(test_none), cmocka_unit_test(test_processes)};
+                                     cmocka_unit_test(test_none), cmocka_unit_test(test_no_files_left),
+                                     cmocka_unit_test(test_processes)};
   return cmocka_run_group_tests_name("plugin_attendance", tests, NULL, NULL);
 }
