@@ -2,7 +2,10 @@
  * takes no more than T allows, nor more than the S largest experts hold; and all light ranks together no more
  * than the (light ranks * S) largest experts hold, since every slot has one expert and pieces of one expert
  * share its load. Both limits grow with T and the excess shrinks, so the smallest T that passes is found by
- * bisection. */
+ * bisection.
+ *
+ * That is of assignments alone. Where replicas cost their ranks time, loads with replicas' worth have a bound
+ * of their own, planner_least_target. */
 #include "planner_internal.h"
 
 static void bound_sift_down(int64_t *heap, int32_t at, int32_t n) {
@@ -85,4 +88,35 @@ int64_t planner_mean_bound(const planner_problem_t *problem) {
     bound = planner_max(bound, planner_ceil_div(sum, d));
   }
   return bound;
+}
+
+/* A rank that hosts nothing gains no rows; one that hosts pays for one replica at least. So a rank takes no
+ * more than the target allows less replicaRows, and the heavy ranks' excess must fit. */
+static bool bound_has_room(const planner_problem_t *problem, int32_t firstRank, int64_t target) {
+  const int64_t *load = problem->ws->rankLoadBefore + firstRank;
+  int64_t room = 0;
+  for (int32_t r = 0; r < problem->config.nDomainRanks; r++) {
+    int64_t below = target - load[r];
+    room += below > 0 ? planner_max(below - problem->config.replicaRows, 0) : below;
+  }
+  return room >= 0;
+}
+
+int64_t planner_least_target(const planner_problem_t *problem) {
+  int32_t d = problem->config.nDomainRanks;
+  int64_t least = planner_mean_bound(problem);
+  if (problem->config.replicaRows == 0) return least;
+  for (int32_t first = 0; first < problem->config.nRanks; first += d) {
+    int64_t high = 0;
+    for (int32_t r = first; r < first + d; r++) high = planner_max(high, problem->ws->rankLoadBefore[r]);
+    while (least < high) {
+      int64_t middle = least + (high - least) / 2;
+      if (bound_has_room(problem, first, middle)) {
+        high = middle;
+      } else {
+        least = middle + 1;
+      }
+    }
+  }
+  return least;
 }

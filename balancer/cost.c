@@ -9,6 +9,7 @@ ultraepResult_t ultraepPlanCost(const ultraepPlannerConfig_t *config, const ultr
                                 ultraepPlanCost_t *cost) {
   if (!plan || !cost || ultraepPlannerConfigError(config)[0] != '\0') return ultraepInvalidArgument;
   int32_t perRank = plan->nExperts / plan->nRanks, copies = plan->maxRankIn;
+  int64_t most = 0;
   for (int32_t r = 0; r < plan->nRanks; r++) {
     int32_t sends = 0;
     for (int32_t e = r * perRank; e < (r + 1) * perRank; e++) {
@@ -16,9 +17,13 @@ ultraepResult_t ultraepPlanCost(const ultraepPlannerConfig_t *config, const ultr
       sends += config->relayCopies && replicas > 0 ? 1 : replicas;
     }
     if (sends > copies) copies = sends;
+    int64_t load = plan->rankLoad[r];
+    for (int32_t s = 0; s < plan->nSlots && plan->slotInstance[(int64_t)r * plan->nSlots + s] >= 0; s++)
+      load += config->replicaRows;
+    most = planner_max(most, load);
   }
   *cost = (ultraepPlanCost_t){.copies = copies,
-                              .rowsPs = (uint64_t)plan->maxPlanned * config->rowPs,
+                              .rowsPs = (uint64_t)most * config->rowPs,
                               .copiesPs = (uint64_t)copies * config->copyPs};
   return ultraepSuccess;
 }

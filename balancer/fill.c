@@ -5,6 +5,10 @@
  * does, slots are scarce: the largest expert of any heavy rank goes first, because nothing smaller makes as
  * much of the slot.
  *
+ * A replica counts replicaRows on the rank that hosts it. So a rank is light only if a replica leaves room
+ * for rows below the target: all others could only lose. No rank that hosts replicas is ever above the
+ * target.
+ *
  * Every choice has a tie-break by index, so that a parallel form can make the same ones. */
 #include "planner_internal.h"
 
@@ -58,14 +62,15 @@ static int32_t fill_pick_expert(const planner_problem_t *problem, int32_t donor,
   return best;
 }
 
-/* Fills one receiver to the target or until its slots are used. Donors that fall below the target become
- * light. */
+/* Fills one receiver until another replica would bring it to the target by itself, or its slots are used.
+ * Donors that fall as far below the target as to take a replica become light. */
 static void fill_receiver(const planner_problem_t *problem, int32_t receiver, int64_t target, int32_t *nHeavy,
                           int32_t *nLight) {
   planner_workspace_t *ws = problem->ws;
   int32_t nSlots = problem->config.nSlots;
-  while (*nHeavy > 0 && ws->rankLoad[receiver] < target && ws->slotCount[receiver] < nSlots) {
-    int64_t want = target - ws->rankLoad[receiver];
+  int64_t replicaRows = problem->config.replicaRows, most = target - replicaRows;
+  while (*nHeavy > 0 && ws->rankLoad[receiver] < most && ws->slotCount[receiver] < nSlots) {
+    int64_t want = most - ws->rankLoad[receiver];
     int32_t at = fill_pick_donor(ws, *nHeavy, want), donor = ws->heavy[at];
     int32_t expert = fill_pick_expert(problem, donor, want);
     int64_t amount = planner_min(want, ws->rem[expert]);
@@ -74,11 +79,11 @@ static void fill_receiver(const planner_problem_t *problem, int32_t receiver, in
     ws->slotQuota[slot] = amount;
     ws->rem[expert] -= amount;
     ws->rankLoad[donor] -= amount;
-    ws->rankLoad[receiver] += amount;
+    ws->rankLoad[receiver] += amount + replicaRows;
     ws->largest[donor] = fill_largest(problem, donor);
     if (ws->rankLoad[donor] <= target) {
       ws->heavy[at] = ws->heavy[--*nHeavy];
-      if (ws->rankLoad[donor] < target) ws->light[(*nLight)++] = donor;
+      if (ws->rankLoad[donor] < most) ws->light[(*nLight)++] = donor;
     }
   }
 }
@@ -92,7 +97,7 @@ planner_outcome_t planner_fill_domain(const planner_problem_t *problem, int32_t 
     ws->slotCount[r] = 0;
     if (load > target) {
       ws->heavy[nHeavy++] = r;
-    } else if (load < target) {
+    } else if (load < target - problem->config.replicaRows) {
       ws->light[nLight++] = r;
     }
   }

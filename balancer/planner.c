@@ -21,6 +21,8 @@ const char *ultraepPlannerConfigError(const ultraepPlannerConfig_t *config) {
   if (config->rowPs > ULTRAEP_MAX_ROW_PS) return "rowPs must be 0..4194303";
   if (config->copyPs > ULTRAEP_MAX_COPY_PS) return "copyPs must be 0..1000000000000";
   if (config->relayCopies < 0 || config->relayCopies > 1) return "relayCopies must be 0 or 1";
+  if (config->replicaRows < 0 || config->replicaRows > ULTRAEP_MAX_REPLICA_ROWS)
+    return "replicaRows must be 0..1048576";
   return "";
 }
 
@@ -94,6 +96,17 @@ static bool planner_sum_loads(planner_problem_t *problem, const int32_t *restric
     problem->total += sum;
   }
   return true;
+}
+
+/* Takes the replicas' worth out of the loads that the search has left; returns the largest. */
+static int64_t planner_count_rows(const planner_problem_t *problem) {
+  const planner_workspace_t *ws = problem->ws;
+  int64_t most = 0;
+  for (int32_t r = 0; r < problem->config.nRanks; r++) {
+    ws->rankLoad[r] -= (int64_t)ws->slotCount[r] * problem->config.replicaRows;
+    most = planner_max(most, ws->rankLoad[r]);
+  }
+  return most;
 }
 
 /* Puts each rank's slots in order of expert. */
@@ -187,7 +200,7 @@ ultraepResult_t ultraepPlannerRun(const ultraepPlannerConfig_t *config, const in
                           .rankLoadBefore = ws.rankLoadBefore,
                           .rankLoad = ws.rankLoad,
                           .total = problem.total,
-                          .maxPlanned = outcome.most,
+                          .maxPlanned = planner_count_rows(&problem),
                           .target = outcome.target,
                           .bound = planner_mean_bound(&problem)};
   for (int32_t r = 0; r < config->nRanks; r++)

@@ -8,7 +8,7 @@
 
 /* How a fill of one domain, or of all, came out. */
 typedef struct {
-  int64_t most;      /* maximum rank load */
+  int64_t most;      /* maximum rank load, with replicaRows for every replica */
   int64_t target;    /* that the fill was asked for */
   int32_t nReplicas; /* slots used */
 } planner_outcome_t;
@@ -17,7 +17,7 @@ typedef struct {
 typedef struct {
   int64_t *expertLoad;          /* [E] */
   int64_t *rankLoadBefore;      /* [R] */
-  int64_t *rankLoad;            /* [R] */
+  int64_t *rankLoad;            /* [R] during a search with replicaRows for every replica */
   int64_t *scratch;             /* [E] bound: sorted loads; cost: which experts have replicas */
   int64_t *rem;                 /* [E] what a master still keeps, during a fill */
   int64_t *quotaLeft;           /* [R] of one expert's instances, during the decomposition */
@@ -58,6 +58,10 @@ int64_t planner_bound(const planner_problem_t *problem);
 /* The smallest whole load that a maximum can have by the mean alone: over domains, ceil(domain's total / D).
  */
 int64_t planner_mean_bound(const planner_problem_t *problem);
+
+/* A load that no plan's maximum goes below where replicas count replicaRows: what a search begins with. The
+ * mean bound if they count nothing. */
+int64_t planner_least_target(const planner_problem_t *problem);
 
 /* Builds the pieces of every replicated expert; returns the assignments that stay on their source's rank. */
 int64_t planner_decompose(const planner_problem_t *problem, const int32_t *loads);

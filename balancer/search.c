@@ -1,7 +1,10 @@
 /* Which target to fill for. A fill either reaches its target or is left with a heavier rank because slots ran
  * out; a slightly higher target can then end lower, since early fills take less. So targets are tried upward
  * in fixed steps until one is reached, then between the last two. With the cost gate, several targets compete
- * on cost. */
+ * on cost.
+ *
+ * All loads here count replicaRows for every replica. The first target is the least that could be reached
+ * then; the last, the unbalanced maximum, makes no replica, so no plan's maximum is above it. */
 #include "planner_internal.h"
 
 #include <string.h>
@@ -88,7 +91,8 @@ static int64_t search_busiest_link(const planner_problem_t *problem) {
   return busiest;
 }
 
-/* In picoseconds; unsigned, since rows alone can cost just under 2^63. */
+/* In picoseconds; unsigned, since rows alone can cost just under 2^63. Replicas' worth in rows counts as
+ * rows: their rank is busy that long. */
 static uint64_t search_cost(const planner_problem_t *problem, planner_outcome_t run) {
   uint64_t cost = (uint64_t)run.most * problem->config.rowPs;
   if (run.nReplicas > 0) cost += (uint64_t)search_busiest_link(problem) * problem->config.copyPs;
@@ -105,7 +109,7 @@ static int64_t search_tolerated(const planner_problem_t *problem) {
 }
 
 planner_outcome_t planner_search(const planner_problem_t *problem) {
-  int64_t before = 0, lowest = planner_max(search_tolerated(problem), planner_mean_bound(problem));
+  int64_t before = 0, lowest = planner_max(search_tolerated(problem), planner_least_target(problem));
   for (int32_t r = 0; r < problem->config.nRanks; r++)
     before = planner_max(before, problem->ws->rankLoadBefore[r]);
   if (problem->config.copyPs == 0) return search_target(problem, lowest);

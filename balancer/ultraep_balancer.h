@@ -44,6 +44,7 @@ typedef enum {
 #define ULTRAEP_MAX_TOLERANCE_PPM 1000000000u       /* a thousand times the mean */
 #define ULTRAEP_MAX_ROW_PS 4194303u                 /* 4.19 us a row */
 #define ULTRAEP_MAX_COPY_PS UINT64_C(1000000000000) /* one second a copy */
+#define ULTRAEP_MAX_REPLICA_ROWS 1048576            /* rows' worth of a replica */
 
 /* What the planner needs to know of the group. Integers only, so that host and device agree to the bit. */
 typedef struct {
@@ -52,12 +53,17 @@ typedef struct {
   int32_t nSlots;        /* S, 0..64 replicas a rank can hold */
   int32_t nDomainRanks;  /* D, a divisor of R; 0 means R */
   uint32_t tolerancePpm; /* stop at ceil(mean * (1 + tolerancePpm / 1e6)) */
-  /* Cost gate: the plan minimises rowPs * (maximum rank load) + copyPs * (expert copies over the busiest
-   * link), see ultraepPlanCost_t. copyPs = 0 switches the gate off. */
+  /* Cost gate: the plan minimises rowPs * (maximum rank load, with replicaRows) + copyPs * (expert copies
+   * over the busiest link), see ultraepPlanCost_t. copyPs = 0 switches the gate off. */
   uint32_t rowPs;      /* picoseconds one assignment costs the rank that gets it, 0..ULTRAEP_MAX_ROW_PS */
   uint64_t copyPs;     /* picoseconds to copy one expert's weights over one link, 0..ULTRAEP_MAX_COPY_PS */
   int32_t relayCopies; /* 0: a master sends every replica itself; 1: replicas relay, a rank sends each expert
                           once */
+  /* What a replica costs the rank that hosts it besides its rows, in rows' worth of time,
+   * 0..ULTRAEP_MAX_REPLICA_ROWS. While planning, a rank's load is its assignments and replicaRows for every
+   * replica on it: the plan makes the largest such load small, and a slot is used only where its replica
+   * leaves room for an assignment below the target. 0: assignments alone. */
+  int32_t replicaRows;
 } ultraepPlannerConfig_t;
 
 typedef struct {
@@ -84,7 +90,11 @@ typedef struct {
  * decompose the quotas of a replicated expert by source: sorted by source; within one source the instance on
  * the source's own rank first, then the master, then replicas ascending. The source's assignments of e, in
  * order of (token, k), go to its pieces in that order. An expert without replicas has no pieces: all sources
- * send everything to its master. */
+ * send everything to its master.
+ *
+ * Loads and quotas, maxPlanned and bound are assignments, whatever config.replicaRows says; only target
+ * counts replicas' worth, too. With replicaRows the largest load with replicas' worth is at most maxBefore:
+ * no plan is worse than none. */
 typedef struct {
   int32_t nRanks, nExperts, nSlots;
   int32_t nInstances; /* E + nReplicas */
@@ -104,7 +114,7 @@ typedef struct {
   int64_t total;                      /* all assignments */
   int64_t maxBefore;                  /* max of rankLoadBefore */
   int64_t maxPlanned;                 /* max of rankLoad */
-  int64_t target;           /* the load that the plan was asked to reach (tolerance and cost gate) */
+  int64_t target;           /* asked of the plan (tolerance, cost gate); a load with replicas' worth */
   int64_t bound;            /* no plan for this matrix has a smaller maximum */
   int64_t localAssignments; /* assignments whose instance is on their source's rank */
 } ultraepPlan_t;
@@ -137,7 +147,7 @@ typedef struct {
                         its masters, with config.relayCopies each of these once (what it passes on of others'
                         weights is not counted, see ultraepPlanRelay) */
   int32_t reserved;  /* 0 */
-  uint64_t rowsPs;   /* config.rowPs * plan->maxPlanned */
+  uint64_t rowsPs;   /* config.rowPs * (plan->rankLoad + config.replicaRows a replica, of the busiest rank) */
   uint64_t copiesPs; /* config.copyPs * copies */
 } ultraepPlanCost_t;
 /* Sets *cost for any plan of a problem of config's sizes, whether its rates or others made it. Errors:

@@ -24,6 +24,7 @@ typedef struct {
   int32_t perRank; /* E / R */
   uint32_t tolerancePpm, rowPs;
   uint64_t copyPs;
+  int32_t replicaRows;
 } kernelPlanner_t;
 
 /* ---- the planner alone ---- */

@@ -60,7 +60,8 @@ __device__ __noinline__ Outcome searchHigher(FillShape p, PlanArrays a, int firs
 
 // What the warps of a block tell each other about a search over all domains.
 struct PlanShared {
-  int64_t total, meanBound, before, tolerated;
+  int64_t total, before, tolerated;
+  int64_t meanBound; // with replicaRows the least target
   int64_t sums[kMaxDomainWarps][3];
   Outcome domain[kMaxDomainWarps];
   Outcome all;
@@ -73,7 +74,7 @@ __device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanA
                                            int64_t target) {
   int warp = threadIdx.x / kWarp, nWarps = min(int(blockDim.x / kWarp), kMaxDomainWarps);
   Outcome mine = {0, target, 0};
-  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks};
+  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks, p.replicaRows};
   if (warp < nWarps) {
     for (int d = warp; d < p.nRanks / p.nDomainRanks; d += nWarps) {
       Outcome run = runFill<Fill>(shape, a, d * p.nDomainRanks, target);
@@ -257,6 +258,54 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
   __syncthreads();
 }
 
+// planner_least_target of balancer/bound.c, in the mean bound's place, where replicas count rows. A function
+// of its own, so that plans which do not need it are not the slower for it.
+__device__ __noinline__ inline void planRaiseBound(kernelPlanner_t p, PlanShared &shared) {
+  PlanArrays a;
+  a.carve(p.nRanks, p.nExperts, p.nSlots);
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = p.nDomainRanks, nDomains = p.nRanks / d;
+  int nWarps = min(min(int(blockDim.x / kWarp), kMaxDomainWarps), nDomains);
+  int64_t least = shared.meanBound;
+  for (int first = warp * d; warp < nWarps && first < p.nRanks; first += nWarps * d) {
+    uint64_t before = 0;
+    for (int r = first + lane; r < first + d; r += kWarp) before = max(before, uint64_t(a.rankBefore[r]));
+    int64_t high = int64_t(warpMax(before));
+    while (least < high) {
+      int64_t middle = least + (high - least) / 2, room = 0;
+      for (int r = first + lane; r < first + d; r += kWarp) {
+        int64_t below = middle - a.rankBefore[r];
+        room += below > 0 ? max(below - p.replicaRows, int64_t(0)) : below;
+      }
+      if (warpSum(room) >= 0) {
+        high = middle;
+      } else {
+        least = middle + 1;
+      }
+    }
+  }
+  if (lane == 0 && warp < nWarps) shared.sums[warp][2] = least;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    for (int w = 0; w < nWarps; w++) shared.meanBound = max(shared.meanBound, shared.sums[w][2]);
+  __syncthreads();
+}
+
+// Takes the replicas' worth out of the loads that a search has left, and of their maximum.
+__device__ __noinline__ inline void planCountRows(kernelPlanner_t p, PlanShared &shared) {
+  PlanArrays a;
+  a.carve(p.nRanks, p.nExperts, p.nSlots);
+  if (threadIdx.x < kWarp) {
+    uint64_t most = 0;
+    for (int r = threadIdx.x; r < p.nRanks; r += kWarp) {
+      int64_t rows = a.rankLoad[r] - int64_t(a.slotCount[r]) * p.replicaRows;
+      a.rankLoad[r] = rows;
+      most = max(most, uint64_t(rows));
+    }
+    most = warpMax(most);
+    if (threadIdx.x == 0) shared.all.most = int64_t(most);
+  }
+}
+
 // Nothing to move, or nowhere to move it: masters keep everything.
 __device__ inline void planNothing(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared) {
   for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
@@ -279,6 +328,7 @@ __device__ inline void planNothing(const kernelPlanner_t &p, const PlanArrays &a
 __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
                                  const int32_t *loads) {
   planSumLoads(p, a, shared, loads);
+  if (p.replicaRows > 0) planRaiseBound(p, shared);
   if (p.nSlots == 0 || shared.before <= max(shared.tolerated, shared.meanBound)) {
     planNothing(p, a, shared);
     return;
@@ -291,6 +341,7 @@ __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, 
     planSearch<WarpFill<uint32_t>>(p, shared);
   else
     planSearch<WarpFill<uint64_t>>(p, shared);
+  if (p.replicaRows > 0) planCountRows(p, shared);
   for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
     int32_t *expert = a.slotExpert + int64_t(r) * p.nSlots;
     int64_t *quota = a.slotQuota + int64_t(r) * p.nSlots;

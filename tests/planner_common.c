@@ -55,6 +55,9 @@ bool planner_case_make(planner_case_t *made, planner_random_t *random, planner_c
                  .copyPs =
                      planner_random_below(random, 3) ? 0 : (uint64_t)planner_random_below(random, 1000000000),
                  .relayCopies = planner_random_below(random, 2)}};
+  /* From next to nothing to far more than most ranks have. */
+  int32_t most = 1 << planner_random_below(random, 21);
+  made->config.replicaRows = planner_random_below(random, 4) ? 0 : 1 + planner_random_below(random, most);
   if (ultraepPlannerWorkspaceSize(&made->config, &made->workspaceBytes) != ultraepSuccess) return false;
   made->loads = malloc(sizeof(*made->loads) * (size_t)nRanks * (size_t)made->config.nExperts);
   made->workspace = malloc(made->workspaceBytes);
@@ -174,12 +177,47 @@ static const char *flaw_pieces(const int32_t *loads, const ultraepPlan_t *plan, 
   return n <= plan->nRanks + 2 * nReplicas + 1 ? NULL : "too many pieces";
 }
 
+static int64_t load_with_worth(const ultraepPlan_t *plan, int32_t rank, int32_t replicaRows) {
+  int64_t load = plan->rankLoad[rank];
+  for (int32_t s = 0; s < plan->nSlots; s++)
+    if (plan->slotInstance[(int64_t)rank * plan->nSlots + s] >= 0) load += replicaRows;
+  return load;
+}
+
+int64_t planner_largest_load(const ultraepPlan_t *plan, int32_t replicaRows) {
+  int64_t most = 0;
+  for (int32_t r = 0; r < plan->nRanks; r++) {
+    int64_t load = load_with_worth(plan, r, replicaRows);
+    if (load > most) most = load;
+  }
+  return most;
+}
+
+/* Loads with replicas' worth: in every domain the largest is no larger than without replicas, and who hosts
+ * some is below what its domain's busiest rank had. */
+static const char *flaw_worth(const ultraepPlannerConfig_t *config, const ultraepPlan_t *plan) {
+  int32_t domain = config->nDomainRanks ? config->nDomainRanks : config->nRanks;
+  for (int32_t first = 0; first < config->nRanks; first += domain) {
+    int64_t before = 0;
+    for (int32_t r = first; r < first + domain; r++)
+      if (plan->rankLoadBefore[r] > before) before = plan->rankLoadBefore[r];
+    for (int32_t r = first; r < first + domain; r++) {
+      int64_t load = load_with_worth(plan, r, config->replicaRows);
+      bool hosts = config->nSlots > 0 && plan->slotInstance[(int64_t)r * config->nSlots] >= 0;
+      if (load > before) return "with replicas' worth the plan made it worse";
+      if (hosts && load >= before) return "a replica that does not pay";
+    }
+  }
+  return NULL;
+}
+
 const char *planner_plan_flaw(const ultraepPlannerConfig_t *config, const int32_t *loads,
                               const ultraepPlan_t *plan) {
   static int64_t realised[ULTRAEP_MAX_RANKS];
   const char *flaw = flaw_instances(config, plan);
   int64_t local = 0, sum = 0, before = 0;
   if (!flaw) flaw = flaw_counts(config, plan);
+  if (!flaw) flaw = flaw_worth(config, plan);
   for (int32_t e = 0; e < config->nExperts && !flaw; e++) {
     flaw = flaw_pieces(loads, plan, e, &local);
     sum += plan->expertLoad[e];

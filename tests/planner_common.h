@@ -32,6 +32,9 @@ typedef struct {
 bool planner_case_make(planner_case_t *made, planner_random_t *random, planner_case_limits_t limits);
 void planner_case_free(planner_case_t *made);
 
+/* The largest of the ranks' loads with replicaRows for every replica. */
+int64_t planner_largest_load(const ultraepPlan_t *plan, int32_t replicaRows);
+
 /* Null if the plan keeps every promise of ultraep_balancer.h for these loads, else what it breaks. */
 const char *planner_plan_flaw(const ultraepPlannerConfig_t *config, const int32_t *loads,
                               const ultraepPlan_t *plan);

@@ -36,7 +36,7 @@ static uint64_t cost_sum(const ultraepPlannerConfig_t *config, const ultraepPlan
     if (*out > copies) copies = *out;
   }
   assert_int_equal(cost.copies, copies);
-  assert_true(cost.rowsPs == (uint64_t)plan->maxPlanned * config->rowPs);
+  assert_true(cost.rowsPs == (uint64_t)planner_largest_load(plan, config->replicaRows) * config->rowPs);
   assert_true(cost.copiesPs == (uint64_t)copies * config->copyPs);
   return cost.rowsPs + cost.copiesPs;
 }

@@ -202,6 +202,99 @@ static void test_cost_gate(void **state) {
   planner_case_free(&made);
 }
 
+static void test_replica_rows(void **state) {
+  (void)state;
+  planner_case_t made =
+      case_of((ultraepPlannerConfig_t){.nRanks = 2, .nExperts = 2, .nSlots = 1, .replicaRows = 1000});
+  made.loads[0] = 8000;
+  ultraepPlan_t plan = plan_of(&made); /* 4500 beside 3500 and a replica */
+  assert_int_equal(plan.nReplicas, 1);
+  assert_int_equal(plan.target, 4500);
+  assert_int_equal(plan.maxPlanned, 4500);
+  assert_int_equal(plan.rankLoad[1], 3500);
+  assert_int_equal(plan.bound, 4000);
+  made.config.replicaRows = 7998; /* it takes one row, and that pays */
+  plan = plan_of(&made);
+  assert_int_equal(plan.maxPlanned, 7999);
+  assert_int_equal(plan.nReplicas, 1);
+  made.config.replicaRows = 7999; /* one row less, and one row more */
+  plan = plan_of(&made);
+  assert_int_equal(plan.maxPlanned, 8000);
+  assert_int_equal(plan.nReplicas, 0);
+  made.config.replicaRows = ULTRAEP_MAX_REPLICA_ROWS;
+  assert_int_equal(plan_of(&made).nReplicas, 0);
+  planner_case_free(&made);
+
+  made = case_of((ultraepPlannerConfig_t){.nRanks = 8, .nExperts = 8, .nSlots = 1, .replicaRows = 100});
+  made.loads[3] = 8000;
+  plan = plan_of(&made); /* 7 * 988 go, 100 less than the target */
+  assert_int_equal(plan.nReplicas, 7);
+  assert_int_equal(plan.target, 1088);
+  assert_int_equal(plan.maxPlanned, 8000 - 7 * 988);
+  made.config.copyPs = made.config.rowPs = 1000; /* with the gate: 1100 rows, and 7 copies' */
+  plan = plan_of(&made);
+  ultraepPlanCost_t cost;
+  assert_int_equal(ultraepPlanCost(&made.config, &plan, &cost), ultraepSuccess);
+  assert_true(plan.nReplicas == 7 && cost.rowsPs == 1088 * 1000);
+  planner_case_free(&made);
+}
+
+/* Replicas that cost something: if the busiest rank is busier at all than by the plan that does not know it,
+ * then by less than a step of the search, 250 millionths. */
+static void test_replica_rows_pay(void **state) {
+  (void)state;
+  planner_random_t random = {17};
+  int32_t better = 0, worse = 0, fewer = 0, more = 0, n = 3000;
+  for (int32_t i = 0; i < n; i++) {
+    planner_case_t made;
+    assert_true(planner_case_make(&made, &random, (planner_case_limits_t){24, 8, 4}));
+    made.config.tolerancePpm = 0;
+    made.config.copyPs = 0;
+    made.config.replicaRows = 0;
+    ultraepPlan_t plan = plan_of(&made);
+    int64_t mean = plan.total / plan.nRanks;
+    int32_t replicas = plan.nReplicas, most = mean / 10 > 100000 ? 100000 : (int32_t)(mean / 10);
+    int32_t replicaRows = 1 + planner_random_below(&random, most + 1);
+    int64_t unaware = planner_largest_load(&plan, replicaRows);
+    made.config.replicaRows = replicaRows;
+    plan = plan_of(&made);
+    int64_t aware = planner_largest_load(&plan, replicaRows);
+    better += aware < unaware;
+    worse += aware > unaware + unaware / 4000;
+    fewer += plan.nReplicas < replicas;
+    more += plan.nReplicas > replicas;
+    planner_case_free(&made);
+  }
+  print_message(
+      "%d problems: the busiest rank less busy in %d, busier in %d; fewer replicas in %d, more in %d\n", n,
+      better, worse, fewer, more);
+  assert_true(better > n / 4 && worse == 0);
+}
+
+/* Without replicas' worth plans are what they were before there was any: a checksum of what that planner
+ * made. */
+static void test_plans_unchanged(void **state) {
+  (void)state;
+  planner_random_t random = {19};
+  uint64_t sum = UINT64_C(14695981039346656037); /* FNV-1a, by words */
+  for (int32_t i = 0; i < 3000; i++) {
+    planner_case_t made;
+    assert_true(planner_case_make(&made, &random, (planner_case_limits_t){20, 8, 4}));
+    made.config.replicaRows = 0;
+    ultraepPlan_t plan = plan_of(&made);
+    int64_t words[] = {plan.nReplicas, plan.maxPlanned, plan.target, plan.bound, plan.localAssignments};
+    for (size_t w = 0; w < sizeof(words) / sizeof(words[0]); w++)
+      sum = (sum ^ (uint64_t)words[w]) * UINT64_C(1099511628211);
+    for (int32_t j = plan.nExperts; j < plan.nInstances; j++) {
+      const ultraepInstance_t *x = &plan.instances[j];
+      sum = (sum ^ (uint64_t)((int64_t)x->expert << 16 | x->rank)) * UINT64_C(1099511628211);
+      sum = (sum ^ (uint64_t)x->quota) * UINT64_C(1099511628211);
+    }
+    planner_case_free(&made);
+  }
+  assert_true(sum == UINT64_C(0x5cba4463e75d5cc9));
+}
+
 static void test_errors(void **state) {
   (void)state;
   const ultraepPlannerConfig_t good = {.nRanks = 4, .nExperts = 8, .nSlots = 2};
@@ -219,6 +312,8 @@ static void test_errors(void **state) {
       {.nRanks = 4, .nExperts = 8, .rowPs = ULTRAEP_MAX_ROW_PS + 1},
       {.nRanks = 4, .nExperts = 8, .copyPs = ULTRAEP_MAX_COPY_PS + 1},
       {.nRanks = 4, .nExperts = 8, .relayCopies = 2},
+      {.nRanks = 4, .nExperts = 8, .replicaRows = -1},
+      {.nRanks = 4, .nExperts = 8, .replicaRows = ULTRAEP_MAX_REPLICA_ROWS + 1},
   };
   size_t bytes = 12345;
   for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
@@ -256,11 +351,12 @@ static void test_errors(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_small),        cmocka_unit_test(test_large),
-      cmocka_unit_test(test_corners),      cmocka_unit_test(test_limits),
-      cmocka_unit_test(test_permutations), cmocka_unit_test(test_deterministic),
-      cmocka_unit_test(test_tolerance),    cmocka_unit_test(test_cost_gate),
-      cmocka_unit_test(test_errors),
+      cmocka_unit_test(test_small),           cmocka_unit_test(test_large),
+      cmocka_unit_test(test_corners),         cmocka_unit_test(test_limits),
+      cmocka_unit_test(test_permutations),    cmocka_unit_test(test_deterministic),
+      cmocka_unit_test(test_tolerance),       cmocka_unit_test(test_cost_gate),
+      cmocka_unit_test(test_replica_rows),    cmocka_unit_test(test_replica_rows_pay),
+      cmocka_unit_test(test_plans_unchanged), cmocka_unit_test(test_errors),
   };
   return cmocka_run_group_tests_name("planner_properties", tests, NULL, NULL);
 }

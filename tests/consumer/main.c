@@ -6,7 +6,7 @@
 
 static int plan_two_ranks(int64_t *before, int64_t *planned) {
   const int32_t loads[2][4] = {{90, 10, 0, 0}, {70, 10, 10, 10}}; /* [source rank][expert] */
-  ultraepPlannerConfig_t config = {2, 4, 1, 0, 0, 0, 0, 0};
+  ultraepPlannerConfig_t config = {2, 4, 1, 0, 0, 0, 0, 0, 0};
   ultraepPlan_t plan;
   void *workspace;
   size_t bytes;
