@@ -231,6 +231,7 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks) {
       {"maxCtas", config->maxCtas, 0, 65535},
       {"expertCtas", config->expertCtas, 0, 65535},
       {"timeoutMs", config->timeoutMs, 1, 3600000},
+      {"replicaRows", config->replicaRows, 0, ULTRAEP_MAX_REPLICA_ROWS},
   };
   result = config_check_ranges(ranges, sizeof(ranges) / sizeof(ranges[0]));
   if (result == ultraepSuccess) result = config_check_divisions(config, nRanks);
@@ -267,6 +268,7 @@ const char *config_difference(const ultraepConfig_t *a, const ultraepConfig_t *b
   DIFFERS(maxCtas);
   DIFFERS(expertCtas);
   DIFFERS(timeoutMs);
+  DIFFERS(replicaRows);
   DIFFERS(version);
 #undef DIFFERS
   return NULL;
@@ -305,6 +307,7 @@ ultraepPlannerConfig_t config_planner(const ultraepConfig_t *config, int nRanks,
       .nSlots = config->balance ? config->nSlots : 0,
       .nDomainRanks = nDomainRanks,
       .tolerancePpm = (uint32_t)llround(config->tolerance * 1e6),
+      .replicaRows = config->replicaRows,
   };
   config_gate(config, NULL, NULL, &planner);
   return planner;
@@ -319,11 +322,18 @@ static int64_t config_padding(const ultraepConfig_t *config, int nRanks) {
   return (int64_t)(config->nExperts / nRanks + config->nSlots) * (config->alignment - 1);
 }
 
+/* Rows that replicas' worth may leave on a rank above what a full balance would: there a rank has nSlots
+ * replicas at most, and what has none need not be less busy than that. */
+static int64_t config_replica_rows(const ultraepConfig_t *config) {
+  return config->balance ? (int64_t)config->nSlots * config->replicaRows : 0;
+}
+
 void config_gate_limit(const ultraepConfig_t *config, int nRanks, int64_t maxRecvRows,
                        ultraepPlannerConfig_t *planner) {
   if (planner->copyPs == 0) return;
   int64_t full = (int64_t)config->maxTokens * config->topK;
-  double room = fmax(0, (double)(maxRecvRows - config_padding(config, nRanks) - full));
+  int64_t taken = config_padding(config, nRanks) + config_replica_rows(config) + full;
+  double room = fmax(0, (double)(maxRecvRows - taken));
   double most = fmax(1, floor(room * planner->rowPs / config_most_copies(config, nRanks)));
   if ((double)planner->copyPs > most) planner->copyPs = (uint64_t)most;
 }
@@ -368,7 +378,8 @@ int64_t config_recv_rows(const ultraepConfig_t *config, int nRanks) {
   int64_t padding = config_padding(config, nRanks);
   double rows = (double)(nRanks > 1 ? 2 : 1) * (double)full;
   double most = fmin((double)nRanks * (double)full, (double)(CONFIG_MAX_RECV_ROWS - padding));
-  double gated = fmin((double)full + config_gate_rows(config, nRanks), most);
+  double left = config_gate_rows(config, nRanks) + (double)config_replica_rows(config);
+  double gated = fmin((double)full + left, most);
   return (int64_t)fmax(rows, gated) + padding;
 }
 

@@ -179,7 +179,7 @@ typedef struct {
   int32_t alignment;   /* rows at which segments start, 1..4096 */
   /* Capacity: rows a rank may receive, padding included, 0..2^31-1; 0: see ultraepGroupProperties_t. */
   int64_t maxRecvRows;
-  double tolerance; /* balance to mean * (1 + tolerance), 0..1000 */
+  double tolerance; /* balance to mean * (1 + tolerance), 0..1000; see replicaRows, too */
   /* Cost gate (see ultraepPlannerConfig_t): fewer replicas, or none, where copying their weights costs more
    * time than it saves. expertBytes: what one copy of an expert moves, bytes, 1..2^40; 0: no gate, every plan
    * balances fully; ULTRAEP_EXPERT_BYTES_REGISTERED: what ultraepExpertsRegister registers, and no gate
@@ -203,10 +203,16 @@ typedef struct {
   int32_t peers;        /* ultraepPeers_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
-  int32_t expertCtas;  /* the same for the kernels of ultraepWeightsSync and ultraepGradsReduce, which may run
-                          beside exchanges (see Lanes) and matrix products; 0: as maxCtas */
-  int32_t timeoutMs;   /* how long any wait for another rank may last, 1..3600000 */
-  int32_t reserved[2]; /* 0 */
+  int32_t expertCtas; /* the same for the kernels of ultraepWeightsSync and ultraepGradsReduce, which may run
+                         beside exchanges (see Lanes) and matrix products; 0: as maxCtas */
+  int32_t timeoutMs;  /* how long any wait for another rank may last, 1..3600000 */
+  /* For plans: what a replica costs the rank that hosts it besides its rows, in rows' worth of time, 0..2^20:
+   * its weights that come, more and smaller matrix products, its gradients that go home. The plan then makes
+   * the largest of all ranks' rows and replicas' worth small, not of the rows alone, and makes fewer replicas
+   * where they would cost their ranks more than they take from others. Measure it as the time of a layer with
+   * one more expert and as many rows. 0: rows alone. */
+  int32_t replicaRows;
+  int32_t reserved[1]; /* 0 */
 } ultraepConfig_t;
 
 /* Every field by position, so that C++ compilers take it too: two slots, balanced, one route, 30 s, the rest
@@ -215,8 +221,8 @@ typedef struct {
   {                                                                                                          \
     sizeof(ultraepConfig_t), ULTRAEP_MAGIC, ULTRAEP_VERSION_CODE, 0, 0, 0, 0, ULTRAEP_BFLOAT16, 0, 2, 1, 0,  \
         1, 0, 0.0, 0, 0.0, 0.0, 0.0, ULTRAEP_DISPATCH_AUTO, ULTRAEP_COMBINE_EXACT, ULTRAEP_GRADS_ORDERED,    \
-        ULTRAEP_PEERS_AUTO, 1, 0, 0, 30000, {                                                                \
-      0, 0                                                                                                   \
+        ULTRAEP_PEERS_AUTO, 1, 0, 0, 30000, 0, {                                                             \
+      0                                                                                                      \
     }                                                                                                        \
   }
 
@@ -224,9 +230,9 @@ typedef struct {
   int32_t rank, nRanks, nDomainRanks;
   int32_t nLocalInstances; /* E/R + S: segments of a route on this rank, empty slots included */
   /* Rows a rank may receive: config.maxRecvRows, or else twice maxTokens * topK (a balanced rank gets that
-   * once when all ranks are full), or with a cost gate once and the rows that it may leave on a rank by the
-   * config's rates, if that is more; plus (E/R + S) * (alignment - 1) for padding, and never more than the
-   * worst case. */
+   * once when all ranks are full), or with a cost gate or replicaRows once and the rows that these may leave
+   * on a rank, by the config's rates and by nSlots * replicaRows, if that is more; plus (E/R + S) *
+   * (alignment - 1) for padding, and never more than the worst case. */
   int64_t maxRecvRows;
   int64_t windowBytes;  /* memory of this rank that peers reach: routes, flags, staging; user buffers not
                            counted */

@@ -32,6 +32,7 @@ typedef struct {
   /* the group */
   int32_t nSlots, nDomainRanks, alignment, balance;
   double tolerance;
+  int32_t replicaRows;
   int32_t dispatchMode, combineMode, timeoutMs;
   int64_t expertBytes; /* of the weights that are synchronised; 0: no such step */
   int64_t gateBytes;   /* of an expert, for the cost gate; 0: off */

@@ -22,14 +22,15 @@ static void json_time_format(char *text, size_t size) {
 }
 
 static json_t *json_config_make(const benchOptions_t *options) {
-  return json_pack(
-      "{s:i,s:I,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:f,s:s,s:s}", "nthreads", (int)options->nRanks,
-      "minimum_bytes", (json_int_t)options->minBytes, "maximum_bytes", (json_int_t)options->maxBytes,
-      "step_factor", (int)options->stepFactor, "warmup_iters", (int)options->warmupIters, "iterations",
-      (int)options->iters, "aggregated_iterations", (int)options->aggIters, "validation", (int)options->check,
-      "hidden", (int)options->hidden, "slots", (int)options->nSlots, "domain", (int)options->nDomainRanks,
-      "alignment", (int)options->alignment, "tolerance", options->tolerance, "dispatch_mode",
-      benchDispatchModes[options->dispatchMode], "combine_mode", benchCombineModes[options->combineMode]);
+  return json_pack("{s:i,s:I,s:I,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:f,s:i,s:s,s:s}", "nthreads",
+                   (int)options->nRanks, "minimum_bytes", (json_int_t)options->minBytes, "maximum_bytes",
+                   (json_int_t)options->maxBytes, "step_factor", (int)options->stepFactor, "warmup_iters",
+                   (int)options->warmupIters, "iterations", (int)options->iters, "aggregated_iterations",
+                   (int)options->aggIters, "validation", (int)options->check, "hidden", (int)options->hidden,
+                   "slots", (int)options->nSlots, "domain", (int)options->nDomainRanks, "alignment",
+                   (int)options->alignment, "tolerance", options->tolerance, "replica_rows",
+                   (int)options->replicaRows, "dispatch_mode", benchDispatchModes[options->dispatchMode],
+                   "combine_mode", benchCombineModes[options->combineMode]);
 }
 
 static json_t *json_machine_make(const benchOptions_t *options, const benchMachine_t *machine) {

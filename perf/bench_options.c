@@ -159,6 +159,8 @@ static int bench_own_option_apply(int key, const char *text, benchOptions_t *opt
     return optionInt32("--domain", text, 1, ULTRAEP_MAX_RANKS, &options->nDomainRanks, error);
   case KEY_TOLERANCE:
     return optionDouble("--tolerance", text, 0, 1000, &options->tolerance, error);
+  case KEY_REPLICA_ROWS:
+    return optionInt32("--replica-rows", text, 0, ULTRAEP_MAX_REPLICA_ROWS, &options->replicaRows, error);
   case KEY_MODE:
     return optionName("--mode", text, benchDispatchModes, 3, &options->dispatchMode, error);
   case KEY_COMBINE:

@@ -22,6 +22,7 @@ enum {
   KEY_ALIGN,
   KEY_DOMAIN,
   KEY_TOLERANCE,
+  KEY_REPLICA_ROWS,
   KEY_MODE,
   KEY_COMBINE,
   KEY_TIMEOUT,
@@ -58,6 +59,8 @@ enum {
       BENCH_ROW("align", KEY_ALIGN, "ROWS", 0, "Segments start at multiples of this (1)", 3),                \
       BENCH_ROW("domain", KEY_DOMAIN, "D", 0, "Replicas stay among D consecutive ranks (all)", 3),           \
       BENCH_ROW("tolerance", KEY_TOLERANCE, "X", 0, "Balance to mean * (1 + X) and no further (0)", 3),      \
+      BENCH_ROW("replica-rows", KEY_REPLICA_ROWS, "N", 0,                                                    \
+                "What a replica costs its rank besides its rows, in rows, for plans (0)", 3),                \
       BENCH_ROW("mode", KEY_MODE, "auto|direct|once", 0,                                                     \
                 "Dispatch: every row straight to its place, or once a rank (auto)", 3),                      \
       BENCH_ROW("combine", KEY_COMBINE, "exact|partial", 0,                                                  \

@@ -117,7 +117,8 @@ int benchPlanMake(benchRun_t *run, perfError_t *error) {
                                    .nExperts = run->workload->nExperts,
                                    .nSlots = run->balance ? options->nSlots : 0,
                                    .nDomainRanks = options->nDomainRanks,
-                                   .tolerancePpm = (uint32_t)llround(options->tolerance * 1e6)};
+                                   .tolerancePpm = (uint32_t)llround(options->tolerance * 1e6),
+                                   .replicaRows = options->replicaRows};
   /* With the cost gate the plan depends on rates that the library knows: room for all then, and no pairs. */
   if (run->balance && options->gateBytes > 0) {
     if (options->baseline == BENCH_BASELINE_NONE && options->matrixPath == NULL) return 0;

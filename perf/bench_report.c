@@ -99,9 +99,11 @@ static void bench_header_print(const benchOptions_t *options, const benchMachine
          "validation: %d\n",
          options->nRanks, (long long)options->minBytes, (long long)options->maxBytes, options->stepFactor,
          options->warmupIters, options->iters, options->aggIters, options->check);
-  printf("# hidden %d, slots %d, domain %d, align %d, tolerance %g, dispatch %s, combine %s\n",
-         options->hidden, options->nSlots, options->nDomainRanks, options->alignment, options->tolerance,
-         benchDispatchModes[options->dispatchMode], benchCombineModes[options->combineMode]);
+  printf(
+      "# hidden %d, slots %d, domain %d, align %d, tolerance %g, replica rows %d, dispatch %s, combine %s\n",
+      options->hidden, options->nSlots, options->nDomainRanks, options->alignment, options->tolerance,
+      options->replicaRows, benchDispatchModes[options->dispatchMode],
+      benchCombineModes[options->combineMode]);
   if (options->gateBytes == 0) {
     printf("# cost gate: off (--gate-bytes 0)\n");
   } else {

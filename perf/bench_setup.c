@@ -97,6 +97,7 @@ ultraepConfig_t benchConfigMake(const benchRun_t *run) {
   config.alignment = options->alignment;
   config.maxRecvRows = run->maxRows;
   config.tolerance = options->tolerance;
+  config.replicaRows = options->replicaRows;
   config.expertBytes = options->gateBytes;
   config.dispatchMode = options->dispatchMode;
   config.combineMode = options->combineMode;

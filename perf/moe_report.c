@@ -27,10 +27,11 @@ static void report_layer_print(const moeOptions_t *options) {
       "# %d layer%s: hidden %d, inter %d, %.2f MB of bfloat16 weights an expert, %.2f MB of fp32 gradients\n",
       options->nLayers, options->nLayers == 1 ? "" : "s", bench->hidden, options->inter, weights / 1e6,
       2 * weights / 1e6);
-  printf(
-      "# %d ranks, %d tokens a rank, slots %d, domain %d, align %d, tolerance %g, dispatch %s, combine %s\n",
-      bench->nRanks, bench->nTokens, bench->nSlots, bench->nDomainRanks, bench->alignment, bench->tolerance,
-      benchDispatchModes[bench->dispatchMode], benchCombineModes[bench->combineMode]);
+  printf("# %d ranks, %d tokens a rank, slots %d, domain %d, align %d, tolerance %g, replica rows %d, "
+         "dispatch %s, combine %s\n",
+         bench->nRanks, bench->nTokens, bench->nSlots, bench->nDomainRanks, bench->alignment,
+         bench->tolerance, bench->replicaRows, benchDispatchModes[bench->dispatchMode],
+         benchCombineModes[bench->combineMode]);
   if (options->gate) {
     printf("# cost gate: on");
     if (options->linkBytesPerSecond > 0) printf(", link %g GB/s", options->linkBytesPerSecond / 1e9);
@@ -248,13 +249,13 @@ int moeReportFinish(moeReport_t *report, perfError_t *error) {
 
 static json_t *report_config_make(const moeOptions_t *options) {
   const benchOptions_t *bench = &options->bench;
-  return json_pack("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:f,s:s,s:s,s:s,s:b,s:i,s:b,s:i}",
+  return json_pack("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:f,s:i,s:s,s:s,s:s,s:b,s:i,s:b,s:i}",
                    "nthreads", (int)bench->nRanks, "tokens", (int)bench->nTokens, "hidden",
                    (int)bench->hidden, "inter", (int)options->inter, "layers", (int)options->nLayers, "slots",
                    (int)bench->nSlots, "domain", (int)bench->nDomainRanks, "alignment", (int)bench->alignment,
                    "warmup_iters", (int)bench->warmupIters, "iterations", (int)bench->iters, "validation",
-                   (int)bench->check, "tolerance", bench->tolerance, "dispatch_mode",
-                   benchDispatchModes[bench->dispatchMode], "combine_mode",
+                   (int)bench->check, "tolerance", bench->tolerance, "replica_rows", (int)bench->replicaRows,
+                   "dispatch_mode", benchDispatchModes[bench->dispatchMode], "combine_mode",
                    benchCombineModes[bench->combineMode], "gemm", moeGemmModes[options->gemm], "gate",
                    (int)options->gate, "streams", (int)options->nStreams, "overlap", (int)options->overlap,
                    "expert_ctas", (int)options->expertCtas);

@@ -85,7 +85,8 @@ static int plan_work_open(planWork_t *work, const planOptions_t *options, int32_
                                           .nExperts = nExperts,
                                           .nSlots = options->nSlots,
                                           .nDomainRanks = options->nDomainRanks,
-                                          .tolerancePpm = (uint32_t)(options->tolerance * 1e6 + 0.5)};
+                                          .tolerancePpm = (uint32_t)(options->tolerance * 1e6 + 0.5),
+                                          .replicaRows = options->replicaRows};
   planCostRates(options, &work->config);
   ultraepResult_t result = ultraepPlannerWorkspaceSize(&work->config, &work->workspaceBytes);
   if (result != ultraepSuccess) {

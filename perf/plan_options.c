@@ -25,6 +25,7 @@ enum {
   KEY_LIMIT,
   KEY_REPEAT,
   KEY_CHART,
+  KEY_REPLICA_ROWS,
 };
 
 static const char planDoc[] =
@@ -75,6 +76,8 @@ static const struct argp_option planOptionTable[] = {
     {"slots", 's', "S", 0, "Replica slots on each rank, required", 3},
     {"domain", 'd', "D", 0, "Replicas stay among D consecutive ranks (all)", 3},
     {"tolerance", 'x', "X", 0, "Balance to mean * (1 + X) and no further (0)", 3},
+    {"replica-rows", KEY_REPLICA_ROWS, "N", 0, "What a replica costs its rank besides its rows, in rows (0)",
+     3},
     {"gate", KEY_GATE, "relay|direct", OPTION_ARG_OPTIONAL,
      "Plan with the cost gate: fewer replicas where copies cost more than they save; copies as relayed or as "
      "sent by masters (off; relay)",
@@ -149,6 +152,8 @@ static int plan_option_apply(int key, const char *text, planOptions_t *options, 
     return optionInt32("--domain", text, 1, ULTRAEP_MAX_RANKS, &options->nDomainRanks, error);
   case 'x':
     return optionDouble("--tolerance", text, 0, ULTRAEP_MAX_TOLERANCE_PPM / 1e6, &options->tolerance, error);
+  case KEY_REPLICA_ROWS:
+    return optionInt32("--replica-rows", text, 0, ULTRAEP_MAX_REPLICA_ROWS, &options->replicaRows, error);
   case 'J':
     options->jsonPath = text;
     return 0;

@@ -31,10 +31,10 @@ struct planReport {
 /* ---- table ---- */
 
 static void plan_table_open(const planOptions_t *options) {
-  printf("# ultraep_plan: %d ranks, %d slots a rank, domain %d, tolerance %g, cost gate %s\n",
-         options->nRanks, options->nSlots,
-         options->nDomainRanks == 0 ? options->nRanks : options->nDomainRanks, options->tolerance,
-         options->gate == PLAN_GATE_OFF ? "off" : "on");
+  printf(
+      "# ultraep_plan: %d ranks, %d slots a rank, domain %d, tolerance %g, replica rows %d, cost gate %s\n",
+      options->nRanks, options->nSlots, options->nDomainRanks == 0 ? options->nRanks : options->nDomainRanks,
+      options->tolerance, options->replicaRows, options->gate == PLAN_GATE_OFF ? "off" : "on");
   if (options->tracePath != NULL) {
     printf("# %s\n", options->tracePath);
   } else {
@@ -116,8 +116,9 @@ static json_t *plan_json_figures(const planFigures_t *figures, double count) {
 }
 
 static int plan_json_summary(planReport_t *report, perfError_t *error) {
-  json_t *object = json_pack("{s:{s:I,s:i,s:i,s:o,s:o}}", "summary", "records", (json_int_t)report->nRecords,
-                             "ranks", (int)report->options->nRanks, "slots", (int)report->options->nSlots,
+  json_t *object = json_pack("{s:{s:I,s:i,s:i,s:i,s:o,s:o}}", "summary", "records",
+                             (json_int_t)report->nRecords, "ranks", (int)report->options->nRanks, "slots",
+                             (int)report->options->nSlots, "replica_rows", (int)report->options->replicaRows,
                              "mean", plan_json_figures(&report->sum, (double)report->nRecords), "worst",
                              plan_json_figures(&report->worst, 1));
   json_t *gate =

@@ -17,6 +17,7 @@ typedef struct {
   const char *tracePath; /* null: zipf */
   int32_t nRanks, nSlots, nDomainRanks;
   double tolerance;
+  int32_t replicaRows;
   /* what rows and copies cost */
   int32_t gate; /* planGate_t; its link is the first */
   bool cost;    /* print the critical path of the copies, for each link */

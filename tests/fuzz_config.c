@@ -107,6 +107,7 @@ static ultraepConfig_t fuzz_config(fuzzBytes_t *bytes, int nRanks) {
   config.gradsMode = fuzz_below(bytes, 2);
   config.peers = fuzz_below(bytes, 3);
   config.maxRoutes = 1 + fuzz_below(bytes, 3);
+  config.replicaRows = fuzz_below(bytes, 4) ? 0 : 1 << fuzz_below(bytes, 21);
   fuzz_overwrite(bytes, &config, sizeof(config));
   return config;
 }
@@ -206,7 +207,8 @@ static void fuzz_planner(fuzzBytes_t *bytes) {
                                    .tolerancePpm = tolerances[fuzz_below(bytes, 4)],
                                    .rowPs = (uint32_t)fuzz_number(bytes, 2),
                                    .copyPs = fuzz_below(bytes, 2) ? fuzz_number(bytes, 4) : 0,
-                                   .relayCopies = fuzz_below(bytes, 2)};
+                                   .relayCopies = fuzz_below(bytes, 2),
+                                   .replicaRows = fuzz_below(bytes, 2) ? 0 : 1 << fuzz_below(bytes, 21)};
   fuzz_overwrite(bytes, &config, sizeof(config));
   size_t nBytes = 0;
   ultraepResult_t result = ultraepPlannerWorkspaceSize(&config, &nBytes);

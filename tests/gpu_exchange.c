@@ -50,6 +50,7 @@ static exchange_t exchange_make(planner_random_t *random, int nRanks, int number
   c->dispatchMode = planner_random_below(random, 3);
   c->combineMode = planner_random_below(random, 4) == 0;
   c->tolerance = planner_random_below(random, 3) ? 0 : 0.02;
+  c->replicaRows = planner_random_below(random, 3) ? 0 : 1 + planner_random_below(random, 64);
   c->maxCtas = 1 + planner_random_below(random, 16);
   c->balance = planner_random_below(random, 5) != 0;
   c->maxRecvRows = (int64_t)nRanks * c->maxTokens * c->topK + (int64_t)(c->nExperts + 4) * c->alignment;

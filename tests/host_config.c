@@ -93,7 +93,10 @@ static void test_config_ranges(void **state) {
   TRY(expertCtas, -1, "expertCtas");
   TRY(timeoutMs, 0, "timeoutMs");
   TRY(timeoutMs, 3600001, "timeoutMs");
-  TRY(reserved[1], 1, "reserved");
+  TRY(replicaRows, -1, "replicaRows");
+  TRY(replicaRows, ULTRAEP_MAX_REPLICA_ROWS + 1, "replicaRows");
+  FINE(replicaRows, ULTRAEP_MAX_REPLICA_ROWS);
+  TRY(reserved[0], 1, "reserved");
 }
 
 static void test_config_cost(void **state) {
@@ -116,12 +119,14 @@ static void test_config_cost(void **state) {
   config.hidden = 10000;
   config.dataType = ULTRAEP_BFLOAT16;
   config.tolerance = 0.0105;
+  config.replicaRows = 77;
   assert_code(config_check(&config, 4), ultraepSuccess);
   ultraepPlannerConfig_t planner = config_planner(&config, 4, 2);
   assert_int_equal(planner.nRanks, 4);
   assert_int_equal(planner.nDomainRanks, 2);
   assert_int_equal(planner.nSlots, 2);
   assert_int_equal(planner.tolerancePpm, 10500);
+  assert_int_equal(planner.replicaRows, 77);
   assert_int_equal(planner.rowPs, 1100000);
   assert_int_equal(planner.copyPs, 1500000000);
   assert_int_equal(planner.relayCopies, 1);
@@ -205,6 +210,11 @@ static void test_gate_limit(void **state) {
   assert_int_equal(planner.copyPs, 32000);
   config_gate_limit(&config, 4, 60, &planner); /* no room at all: still a gate */
   assert_int_equal(planner.copyPs, 1);
+  config.alignment = 1;
+  config.replicaRows = 16; /* two slots' worth of the 64 rows is theirs */
+  planner.copyPs = 1000000;
+  config_gate_limit(&config, 4, 2 * 64, &planner);
+  assert_int_equal(planner.copyPs, 16000);
   planner.copyPs = 0;
   config_gate_limit(&config, 4, 2 * 64, &planner);
   assert_int_equal(planner.copyPs, 0);
@@ -282,9 +292,12 @@ static void test_config_rows(void **state) {
   assert_int_equal(config_recv_rows(&config, 4), 2 * 64);
   config.linkBytesPerSecond = 15e12; /* 40 rows less what it costs to move them */
   assert_int_equal(config_recv_rows(&config, 4), 64 + 80);
+  config.replicaRows = 20;
+  assert_int_equal(config_recv_rows(&config, 4), 64 + 80 + 40);
   config.balance = 0;
   assert_int_equal(config_recv_rows(&config, 4), 2 * 64);
   config.balance = 1;
+  config.replicaRows = 0;
   config.linkBytesPerSecond = 20e12;
   config.expertBytes = ULTRAEP_EXPERT_BYTES_REGISTERED; /* 30 rows * 4/3 */
   assert_int_equal(config_recv_rows(&config, 4), 64 + 80);
@@ -368,6 +381,7 @@ static void test_config_difference(void **state) {
   DIFFERENT(maxCtas);
   DIFFERENT(expertCtas);
   DIFFERENT(timeoutMs);
+  DIFFERENT(replicaRows);
 #undef DIFFERENT
 }
 

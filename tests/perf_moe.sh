@@ -33,6 +33,8 @@ runs 1 "${small[@]}" --slots 0
 runs 1 "${small[@]}" --layers 3
 runs 1 "${small[@]}" --layers 3 --overlap 1 --expert-ctas 4
 runs 1 "${small[@]}" --domain 2 --tolerance 0.2 --mode direct
+runs 1 "${small[@]}" --replica-rows 4
+grep -q 'replica rows 4,' out || fail "no word on the rows that a replica costs"
 runs 1 "${small[@]}" --gate 1
 grep -q '^#   gate, .*: kept [0-9a-z]* of\|^#   gate, .*: kept' out || fail "--gate 1 must say what it weighed"
 runs 1 "${small[@]}" --gate 1 --link-gbps 0.001 --row-us 0.001 --expert-us 5

@@ -36,6 +36,11 @@ done
 runs 2 "${small[@]}" --slots 0
 runs 2 "${small[@]}" --slots 4 --tolerance 0.3 --seed 7
 runs 2 "${small[@]}" --domain 2
+runs 2 "${small[@]}" --replica-rows 8 -J o.json
+grep -q 'replica rows 8,' out && grep -q '"replica_rows": 8,' o.json || fail "no word on the rows that a replica costs"
+busiest 2
+runs 2 "${small[@]}" --replica-rows 1048576
+awk '!/^#/ { if ($7 != 0) exit 1 }' out || fail "replicas that cost more than they take"
 runs 2 "${small[@]}" --expert-bytes 0
 grep -q '^# cost gate: off' out || fail "no word on the gate being off"
 ! grep -q '^#   gate' out || fail "a gate that nobody asked for"

@@ -32,6 +32,15 @@ status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --json o.json
 status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --tolerance 0.5 --json loose.json
 "$check" loose.json t.csv 8 4 8 1.501 1.501 > /dev/null
 ! cmp -s o.json loose.json || fail "tolerance changes nothing"
+# Replicas' worth: none is as without; a little makes fewer replicas, and more than all rows none at all.
+status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --replica-rows 0 --json dear.json
+[ "$(sed 's/"plan_us":[^,}]*//g' dear.json)" = "$(sed 's/"plan_us":[^,}]*//g' o.json)" ] || fail "--replica-rows 0"
+status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --replica-rows 200 --json dear.json
+"$check" dear.json t.csv 8 4 8 1.2 1.2 > /dev/null
+grep -q 'replica rows 200,' out || fail "no word on the rows that a replica costs"
+grep -q '"replica_rows":200,' dear.json || fail "--json without replica_rows"
+status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --replica-rows 1048576
+grep -q '^# worst .* 0 *0 *0 ' out || fail "replicas that cost more than they take"
 # The cost gate. A copy that costs far more than all rows: no replicas; for next to nothing: all; between, the cheapest.
 gated=(--trace t.csv --ranks 8 --slots 4 --gate)
 status 0 "$plan" "${gated[@]}" --row-ns 0.001 --link 0.1 --expert-bytes 90M
@@ -118,6 +127,7 @@ status 2 "$plan" --trace t.csv --ranks 8 --slots 65
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --domain 3
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --tolerance nan
 status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --cost 1
+for bad in -1 1048577 1.5 x ""; do status 2 "$plan" --trace t.csv --ranks 8 --slots 2 --replica-rows "$bad"; done
 for bad in --gate=no --link=1,2,x --link= --link=0 --link=1,2,3,4,5,6,7,8,9 --row-ns=0 --tflops=-1 --hop-us=nan \
   --expert-bytes=0 --tile=1G "--link=0.001 --cost" "--gate --tflops=0.001"; do
   # shellcheck disable=SC2086
