@@ -333,9 +333,11 @@ __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, 
     planNothing(p, a, shared);
     return;
   }
-  if (shared.total < kPackedTotal && p.nDomainRanks <= kWarp)
+  // Where replicas count rows a plan takes several fills, so it is the slower one anyway.
+  bool isPacked = shared.total < kPackedTotal && p.replicaRows == 0;
+  if (isPacked && p.nDomainRanks <= kWarp)
     planSearch<PackedFill<1>>(p, shared);
-  else if (shared.total < kPackedTotal && p.nDomainRanks <= 2 * kWarp)
+  else if (isPacked && p.nDomainRanks <= 2 * kWarp)
     planSearch<PackedFill<2>>(p, shared);
   else if (shared.total <= 0x7fffffff)
     planSearch<WarpFill<uint32_t>>(p, shared);

@@ -231,8 +231,7 @@ template <typename Key> struct WarpFill {
 // live in registers, kSpan consecutive ranks a lane, each packed with its rank into one key, so that one
 // reduction gives the best load and whose it is. What bounds a fill is one warp's instructions in a row, so
 // the common step has as few as can be: keys are updated as keys, and a slot is one word, its quota in the
-// low half and its expert in the high half, until the end. With replicaRows no load is above the target or
-// what it was before, so the keys' widths hold.
+// low half and its expert in the high half, until the end.
 constexpr int64_t kPackedTotal = (1 << 26) - 1;
 
 template <int kSpan> struct PackedFill {
@@ -242,13 +241,12 @@ template <int kSpan> struct PackedFill {
   const FillShape p;
   const PlanArrays a;
   int first, lane;
-  uint32_t target, lightBelow;
-  // Keys: what a light rank lacks to lightBelow, the load of a heavy rank, else 0.
-  uint32_t light[kSpan], heavy[kSpan];
-  uint32_t settled[kSpan]; // load of a rank that is neither, and has replicas
+  uint32_t target;
+  uint32_t light[kSpan], heavy[kSpan]; // keys: the deficit of light ranks, the load of heavy ranks, else 0
+  uint32_t settled[kSpan];             // load of a rank that is neither
 
   __device__ PackedFill(FillShape shape, PlanArrays arrays, int firstRank)
-      : p(shape), a(arrays), first(firstRank), lane(threadIdx.x % kWarp), target(0), lightBelow(0) {}
+      : p(shape), a(arrays), first(firstRank), lane(threadIdx.x % kWarp), target(0) {}
 
   // The larger value wins, then the lower rank. No two ranks have the same key.
   static __device__ uint32_t keyOf(uint32_t value, int rank) {
@@ -266,8 +264,8 @@ template <int kSpan> struct PackedFill {
 
   // The donor, known by its key, gives `amount`, a value in a key's place.
   __device__ void give(uint32_t donor, uint32_t amount) {
-    uint32_t left = donor - amount, level = lightBelow << kRankBits, rank = left & kRankMask;
-    uint32_t newHeavy = left > (target << kRankBits | kRankMask) ? left : 0;
+    uint32_t left = donor - amount, level = target << kRankBits, rank = left & kRankMask;
+    uint32_t newHeavy = left > (level | kRankMask) ? left : 0;
     uint32_t newLight = left < level ? level - left + 2 * rank : 0;
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
@@ -276,19 +274,14 @@ template <int kSpan> struct PackedFill {
       light[i] = newLight;
     }
   }
-  // A receiver, known by its key, is filled to the target, which is what `settled` says of every rank at
-  // first.
-  __device__ void settle(uint32_t receiver) {
-#pragma unroll
-    for (int i = 0; i < kSpan; i++)
-      if (light[i] == receiver) light[i] = 0;
-  }
-  // It is filled up to `load` only.
+  // A receiver, known by its key, is not light any more.
   __device__ void settle(uint32_t receiver, uint32_t load) {
 #pragma unroll
-    for (int i = 0; i < kSpan; i++)
-      if (light[i] == receiver) settled[i] = load;
-    settle(receiver);
+    for (int i = 0; i < kSpan; i++) {
+      if (light[i] != receiver) continue;
+      light[i] = 0;
+      settled[i] = load;
+    }
   }
 
   // Addresses of rank 0's i-th rem and slot, and those of the rank that a key names: the key holds the rank
@@ -355,12 +348,10 @@ template <int kSpan> struct PackedFill {
     return donor;
   }
 
-  // Fills one receiver until another replica would bring it to the target by itself, or its slots are used,
-  // by any donors.
+  // Fills one receiver to the target or until its slots are used, by any donors.
   __device__ void fillReceiver(uint32_t receiver) {
-    uint32_t replicaRows = uint32_t(p.replicaRows), deficit = valueOf(receiver) + replicaRows;
-    for (int slot = 0; deficit > replicaRows && slot < p.nSlots; slot++) {
-      uint32_t want = deficit - replicaRows;
+    uint32_t want = valueOf(receiver);
+    for (int slot = 0; want > 0 && slot < p.nSlots; slot++) {
       uint32_t donor = best(heavy), rem;
       if (donor == 0) break;
       int expert = pickCovering(donor, want, &rem);
@@ -370,10 +361,10 @@ template <int kSpan> struct PackedFill {
       storeIf(lane == 0, remOf(donor, expert), rem - amount);
       storeIf(lane == 0, slotOf(receiver, slot), amount, expertOf(donor, expert));
       give(donor, amount << kRankBits);
-      deficit = want - amount;
+      want -= amount;
       __syncwarp();
     }
-    settle(receiver, target - deficit);
+    settle(receiver, target - want);
   }
 
   // Fills the lightest rank until none is light or none is heavy. Mostly the heaviest rank has one expert
@@ -390,7 +381,7 @@ template <int kSpan> struct PackedFill {
         uint32_t cover = rem >= want ? rem << 5 | uint32_t(lane) : 0xffffffffu;
         uint32_t least = warpMin(cover);
         if (p.perRank > kWarp || least == 0xffffffffu) break;
-        settle(receiver);
+        settle(receiver, target);
         give(donor, receiver & ~kRankMask);
         storeIf(cover == least, at, rem - want);
         storeIf(cover == least, slotOf(receiver, 0), want, expertOf(donor, lane));
@@ -414,17 +405,8 @@ template <int kSpan> struct PackedFill {
     return used;
   }
 
-  // What a rank's masters keep.
-  __device__ uint32_t keptOf(int rank) const {
-    uint32_t kept = 0;
-#pragma unroll 1
-    for (int i = 0; i < p.perRank; i++) kept += uint32_t(a.rem[rank * p.perRank + i]);
-    return kept;
-  }
-
   __device__ Outcome run(int64_t target64) {
     target = uint32_t(min(target64, kPackedTotal));
-    lightBelow = uint32_t(p.lightBelow(target));
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kSpan; i++) {
@@ -434,7 +416,7 @@ template <int kSpan> struct PackedFill {
       if (r >= p.nDomainRanks) continue;
       uint32_t before = uint32_t(a.rankBefore[first + r]);
       if (before > target) heavy[i] = keyOf(before, r);
-      if (before < lightBelow) light[i] = keyOf(lightBelow - before, r);
+      if (before < target) light[i] = keyOf(target - before, r);
       for (int slot = 0; slot < p.nSlots; slot++)
         a.slotQuota[(first + r) * p.nSlots + slot] = int64_t(0xffffffff00000000);
     }
@@ -448,11 +430,8 @@ template <int kSpan> struct PackedFill {
     for (int i = 0; i < kSpan; i++) {
       int r = lane * kSpan + i;
       if (r >= p.nDomainRanks) continue;
-      uint32_t after = heavy[i] ? valueOf(heavy[i]) : light[i] ? lightBelow - valueOf(light[i]) : settled[i];
+      uint32_t after = heavy[i] ? valueOf(heavy[i]) : light[i] ? target - valueOf(light[i]) : settled[i];
       int used = unpackSlots(first + r);
-      // Between lightBelow and the target nothing keeps a load: a rank without replicas has what masters
-      // keep.
-      if (p.replicaRows > 0 && used == 0) after = keptOf(first + r);
       a.rankLoad[first + r] = after;
       a.slotCount[first + r] = used;
       most = max(most, after);
