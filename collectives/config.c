@@ -225,7 +225,7 @@ ultraepResult_t config_check(const ultraepConfig_t *config, int nRanks) {
       {"expertBytes", config->expertBytes, ULTRAEP_EXPERT_BYTES_REGISTERED, CONFIG_MAX_EXPERT_BYTES},
       {"dispatchMode", config->dispatchMode, ULTRAEP_DISPATCH_AUTO, ULTRAEP_DISPATCH_ONCE},
       {"combineMode", config->combineMode, ULTRAEP_COMBINE_EXACT, ULTRAEP_COMBINE_PARTIAL},
-      {"gradsMode", config->gradsMode, ULTRAEP_GRADS_ORDERED, ULTRAEP_GRADS_UNORDERED},
+      {"gradsMode", config->gradsMode, ULTRAEP_GRADS_ORDERED, ULTRAEP_GRADS_UNORDERED | ULTRAEP_GRADS_LEAVE},
       {"peers", config->peers, ULTRAEP_PEERS_AUTO, ULTRAEP_PEERS_IPC},
       {"maxRoutes", config->maxRoutes, 1, CONFIG_MAX_ROUTES},
       {"maxCtas", config->maxCtas, 0, 65535},

@@ -202,6 +202,7 @@ ultraepResult_t host_grads_reduce(ultraepRoute_t route, const groupLayer_t *laye
       result = grads_sum(route, layer, e, t);
   }
   if (result == ultraepSuccess) result = host_signal_done(self, "grads");
-  if (result == ultraepSuccess) grads_clear_slots(route, layer);
+  if (result == ultraepSuccess && !(group->config.gradsMode & ULTRAEP_GRADS_LEAVE))
+    grads_clear_slots(route, layer);
   return result;
 }

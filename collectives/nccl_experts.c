@@ -182,7 +182,8 @@ static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *
                           .flagsOffset = self->slotFlagsOffset,
                           .nFlags = experts_flags(experts),
                           .isUnordered =
-                              layer->gradsShared && group->config.gradsMode == ULTRAEP_GRADS_UNORDERED,
+                              layer->gradsShared && (group->config.gradsMode & ULTRAEP_GRADS_UNORDERED),
+                          .leavesSlots = group->config.gradsMode & ULTRAEP_GRADS_LEAVE,
                           .check = nccl_check_word(words, sizeof(words) / sizeof(words[0]))};
   for (int t = 0; t < experts->nWeights; t++) {
     made.weights[t] = experts_tensor(group, &experts->weights[t], t, &made.nWeightTiles);

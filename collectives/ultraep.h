@@ -139,7 +139,11 @@ typedef enum {
    * from run to run where an expert has two or more replicas. Less waiting: every rank adds its own slots and
    * clears them in the same pass. On GPUs of sm_90 and later, for layers whose gradients are all in symmetric
    * memory; elsewhere ORDERED is done. */
-  ULTRAEP_GRADS_UNORDERED = 1
+  ULTRAEP_GRADS_UNORDERED = 1,
+  /* Added to one of these: slots keep their gradients, and clearing them, a fifth of the bytes that move, is
+   * spared. For callers who write a slot's gradients before every reduction instead of adding to what is
+   * there: as there are no zeros, a matrix product with beta = 0. */
+  ULTRAEP_GRADS_LEAVE = 2
 } ultraepGradsMode_t;
 
 /* How ranks reach each other's memory (NCCL backend; the host backend ignores it). Both ways give the same
@@ -199,7 +203,7 @@ typedef struct {
                            weights read and its gradients written. It comes on top of a copy; 0: none */
   int32_t dispatchMode; /* ultraepDispatchMode_t */
   int32_t combineMode;  /* ultraepCombineMode_t */
-  int32_t gradsMode;    /* ultraepGradsMode_t */
+  int32_t gradsMode;    /* ultraepGradsMode_t: an order, and ULTRAEP_GRADS_LEAVE or not */
   int32_t peers;        /* ultraepPeers_t */
   int32_t maxRoutes;    /* routes alive at once, 1..4096 */
   int32_t maxCtas;      /* thread blocks (SMs) a kernel may use, 0: chosen by the library; host: ignored */
@@ -437,8 +441,9 @@ ULTRAEP_API ultraepResult_t ultraepExpertsRegister(ultraepGroup_t group, int lay
  * own it may run beside exchanges, also on the same route: see Lanes. */
 ULTRAEP_API ultraepResult_t ultraepWeightsSync(ultraepRoute_t route, int layer, cudaStream_t stream);
 /* Collective. For every replica of the route's plan: master gradient += slot gradient, summed in fp32 in the
- * order master, then replicas ascending by rank, rounded once (config.gradsMode may say otherwise); then the
- * slot's gradient is set to zero. On a stream of its own it may run beside exchanges: see Lanes. */
+ * order master, then replicas ascending by rank, rounded once; then the slot's gradient is set to zero
+ * (config.gradsMode may say otherwise of both). When the call's work is done on a rank, nobody reads its
+ * slots any more. On a stream of its own it may run beside exchanges: see Lanes. */
 ULTRAEP_API ultraepResult_t ultraepGradsReduce(ultraepRoute_t route, int layer, cudaStream_t stream);
 
 /* ---- the traffic record: what NCCL's own send, receive and all-to-all calls moved ---- */

@@ -1,5 +1,5 @@
 // Gradients: master += its replicas' slots, in fp32 in the order master, replicas ascending by rank, rounded
-// once; then the slots are zeros again.
+// once; then the slots are zeros again, unless they are to be left as they are.
 //
 // Where all ranks see the masters, the ranks of an expert's chain take its tiles in turn: each reads a tile's
 // rows where they are, adds, and stores the sum in the master. Where they do not, the master's rank takes
@@ -185,7 +185,7 @@ __device__ void addTiles(const GradsContext &c, int worker, int nWorkers) {
       sumTile<AsBfloat16>(t, row);
     else
       sumTile<AsFloat32>(t, row);
-    tellRead(t, places);
+    if (!c.x.leavesSlots) tellRead(t, places);
   }
 }
 
@@ -225,7 +225,7 @@ __device__ void clearSlots(const GradsContext &c, int worker, int nWorkers) {
 // ---- in any order ----
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-template <typename As> __device__ void pushTile(char *master, char *slot, uint32_t bytes) {
+template <typename As> __device__ void pushTile(char *master, char *slot, uint32_t bytes, bool clears) {
   constexpr int kAtOnce = 8;
 #pragma unroll 1
   for (uint32_t first = threadIdx.x % kWarp * 16; first < bytes; first += kAtOnce * kColumn) {
@@ -237,7 +237,7 @@ template <typename As> __device__ void pushTile(char *master, char *slot, uint32
     for (int i = 0; i < kAtOnce; i++) {
       if (first + i * kColumn >= bytes) continue;
       addTo<As>(master + first + i * kColumn, value[i]);
-      *reinterpret_cast<uint4 *>(slot + first + i * kColumn) = uint4{};
+      if (clears) *reinterpret_cast<uint4 *>(slot + first + i * kColumn) = uint4{};
     }
   }
 }
@@ -253,9 +253,9 @@ __device__ void pushSlots(const GradsContext &c, int worker, int nWorkers) {
     GradsTile t = {c, chain, c.x.grads[tile.tensor], tile, number};
     char *slot = slotAddress(c.x, t.tensor, {int16_t(c.g.rank), chain.slot}) + tile.at;
     if (t.tensor.dataType == 0) // ULTRAEP_BFLOAT16
-      pushTile<AsBfloat16>(t.master(), slot, tile.bytes);
+      pushTile<AsBfloat16>(t.master(), slot, tile.bytes, !c.x.leavesSlots);
     else
-      pushTile<AsFloat32>(t.master(), slot, tile.bytes);
+      pushTile<AsFloat32>(t.master(), slot, tile.bytes, !c.x.leavesSlots);
   }
 }
 #endif
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
     int warps = blockDim.x / kWarp, worker = int(blockIdx.x) + int(threadIdx.x / kWarp) * int(gridDim.x);
     if constexpr (kOrdered) {
       addTiles(c, worker, int(gridDim.x) * warps);
-      clearSlots(c, worker, int(gridDim.x) * warps);
+      if (!x.leavesSlots) clearSlots(c, worker, int(gridDim.x) * warps);
     } else {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
       pushSlots(c, worker, int(gridDim.x) * warps);

@@ -250,8 +250,9 @@ typedef struct {
   size_t flagsOffset; /* in slot memory: uint32 [S][nFlags], the call in which the slot's tile was ready */
   int32_t nFlags;
   uint32_t check; /* as in kernelExchange_t */
-  int32_t
-      isUnordered; /* gradients: replicas may be added in any order; only where other ranks see the masters */
+  /* Of gradients. */
+  int32_t isUnordered; /* replicas may be added in any order; only where other ranks see the masters */
+  int32_t leavesSlots; /* they are not cleared */
 } kernelExperts_t;
 
 /* Tiles of a tensor. */

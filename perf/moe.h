@@ -25,6 +25,9 @@ enum { MOE_TENSORS = 2, MOE_MAX_LAYERS = 64, MOE_MAX_STREAMS = 4 };
 typedef enum { MOE_GEMM_EACH, MOE_GEMM_GROUPED } moeGemmMode_t;
 extern const char *const moeGemmModes[2];
 extern const char *const moeGradsModes[2]; /* by ultraepGradsMode_t */
+/* What becomes of a slot's gradients when they are added: as products write them anew, they may stay. */
+typedef enum { MOE_SLOTS_LEAVE, MOE_SLOTS_CLEAR } moeSlotGrads_t;
+extern const char *const moeSlotGrads[2];
 
 typedef struct {
   benchOptions_t bench;
@@ -33,7 +36,8 @@ typedef struct {
   int32_t nStreams;  /* of products one by one, CUDA only */
   int32_t overlap;   /* weights and gradients of replicas move beside products */
   int32_t ideal;     /* workloadIdeal_t */
-  int32_t gradsMode; /* ultraepGradsMode_t */
+  int32_t gradsMode; /* ultraepGradsMode_t: the order */
+  int32_t slotGrads; /* moeSlotGrads_t */
   int32_t gate;
   int32_t expertCtas;                                   /* of the config */
   double linkBytesPerSecond, rowSeconds, expertSeconds; /* for the gate; 0: the library's */

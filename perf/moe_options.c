@@ -13,6 +13,7 @@ enum {
   KEY_OVERLAP,
   KEY_EXPERT_CTAS,
   KEY_GRADS,
+  KEY_SLOT_GRADS,
   KEY_IDEAL,
   KEY_GATE,
   KEY_LINK,
@@ -22,6 +23,7 @@ enum {
 
 const char *const moeGemmModes[2] = {"each", "grouped"};
 const char *const moeGradsModes[2] = {"ordered", "unordered"};
+const char *const moeSlotGrads[2] = {"leave", "clear"};
 
 static const char moeDoc[] =
     "Times a whole Mixture-of-Experts layer, forward and backward: unbalanced, balanced, and with traffic "
@@ -94,6 +96,8 @@ static const struct argp_option moeOptionTable[] = {
     {"row-us", KEY_ROW, "US", 0,
      "Time that a row costs its rank, forward and backward, for the gate (the library's)", 3},
     {"grads", KEY_GRADS, "ordered|unordered", 0, "Order in which replicas' gradients are added (ordered)", 2},
+    {"slot-grads", KEY_SLOT_GRADS, "leave|clear", 0,
+     "What becomes of replicas' gradients when they have been added: products write them anew (leave)", 2},
     {"gemm", KEY_GEMM, "each|grouped", 0, "How cuBLAS multiplies (each)", 4},
     {"streams", KEY_STREAMS, "N", 0, "Products of different experts at a time, with --gemm each (1)", 4},
     {"overlap", KEY_OVERLAP, "0|1", 0,
@@ -121,6 +125,8 @@ static int moe_option_apply(int key, const char *text, moeOptions_t *options, pe
     return optionInt32("--expert-ctas", text, 0, 1024, &options->expertCtas, error);
   case KEY_GRADS:
     return optionName("--grads", text, moeGradsModes, 2, &options->gradsMode, error);
+  case KEY_SLOT_GRADS:
+    return optionName("--slot-grads", text, moeSlotGrads, 2, &options->slotGrads, error);
   case KEY_IDEAL:
     return optionName("--ideal", text, workloadIdeals, 2, &options->ideal, error);
   case KEY_GATE:

@@ -41,6 +41,8 @@ static void report_layer_print(const moeOptions_t *options) {
   }
   if (options->gradsMode != ULTRAEP_GRADS_ORDERED)
     printf("# gradients of replicas are added %s\n", moeGradsModes[options->gradsMode]);
+  if (options->slotGrads != MOE_SLOTS_LEAVE)
+    printf("# gradients of replicas are cleared when they have been added\n");
   printf("# ideal: experts %s\n", options->ideal == WORKLOAD_IDEAL_RANDOM ? "drawn at random by each token"
                                                                           : "dealt so that all get the same");
   benchTrafficPrint(bench);

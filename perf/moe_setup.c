@@ -192,7 +192,7 @@ int moeRankOpenGroup(moeRank_t *rank) {
   config.linkBytesPerSecond = options->linkBytesPerSecond;
   config.rowSeconds = options->rowSeconds;
   config.expertSeconds = options->expertSeconds;
-  config.gradsMode = options->gradsMode;
+  config.gradsMode = options->gradsMode | (options->slotGrads == MOE_SLOTS_LEAVE ? ULTRAEP_GRADS_LEAVE : 0);
   config.expertCtas = options->expertCtas;
   ultraepResult_t created = run->ops->groupCreate(rank->base, &config);
   if (created != ultraepSuccess) return benchRankFailCall(rank->base, "making the group", created);

@@ -104,7 +104,7 @@ static ultraepConfig_t fuzz_config(fuzzBytes_t *bytes, int nRanks) {
   config.maxRecvRows = fuzz_below(bytes, 3) == 2 ? 1 + fuzz_below(bytes, 64) : 0;
   config.dispatchMode = fuzz_below(bytes, 3);
   config.combineMode = fuzz_below(bytes, 2);
-  config.gradsMode = fuzz_below(bytes, 2);
+  config.gradsMode = fuzz_below(bytes, 4);
   config.peers = fuzz_below(bytes, 3);
   config.maxRoutes = 1 + fuzz_below(bytes, 3);
   config.replicaRows = fuzz_below(bytes, 4) ? 0 : 1 << fuzz_below(bytes, 21);

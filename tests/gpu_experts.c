@@ -55,6 +55,7 @@ static gpuExperts_t experts_make(planner_random_t *random, int nRanks) {
   x.sharesGrads = planner_random_below(random, 2);
   x.isWhole = planner_random_below(random, 2);
   if (x.isWhole) c->gradsMode = ULTRAEP_GRADS_UNORDERED;
+  if (planner_random_below(random, 2)) c->gradsMode |= ULTRAEP_GRADS_LEAVE;
   return x;
 }
 
@@ -108,7 +109,7 @@ static void check_hot(bool usesGraphs, bool repeats, bool isPortable, bool share
   x.isPortable = isPortable;
   x.sharesGrads = sharesGrads;
   x.shape.config.gradsMode = gradsMode;
-  x.isWhole = gradsMode == ULTRAEP_GRADS_UNORDERED;
+  x.isWhole = gradsMode & ULTRAEP_GRADS_UNORDERED;
   x.nSteps = nSteps;
   run(&world, experts_rank, &x, usesGraphs ? "graphs" : "repeated");
   gpu_world_free(&world);

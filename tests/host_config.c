@@ -83,7 +83,7 @@ static void test_config_ranges(void **state) {
   FINE(maxRecvRows, INT32_MAX);
   TRY(dispatchMode, 3, "dispatchMode");
   TRY(combineMode, 2, "combineMode");
-  TRY(gradsMode, 2, "gradsMode");
+  TRY(gradsMode, 4, "gradsMode");
   TRY(peers, -1, "peers");
   TRY(peers, 3, "peers");
   FINE(peers, ULTRAEP_PEERS_IPC);

@@ -111,8 +111,9 @@ static void check_grads(hostRankArg_t *self, const ultraepSegments_t *s, int ste
       for (int n = 0; n < elements(&x->shape, t); n++) {
         unsigned char got[4] = {0}, want[4] = {0}, part[4] = {0};
         oracle_store(type, got, 0, oracle_load(type, s->grads[t][i], n));
-        float sum = 0.0f; /* a slot's gradient is zero afterwards */
-        for (int r = -1; i < nLocal && r < self->nRanks; r++) {
+        float sum = 0.0f; /* a slot's gradient is zero afterwards, or as it was */
+        bool isKept = i >= nLocal && x->config.gradsMode & ULTRAEP_GRADS_LEAVE;
+        for (int r = -1; (i < nLocal || isKept) && r < (isKept ? 0 : self->nRanks); r++) {
           int rank = r < 0 ? self->rank : r;
           if (r == self->rank || !has_expert(&x->segments[rank], s->expert[i])) continue;
           oracle_store(type, part, 0, grad_value(step, t, s->expert[i], rank, n));
@@ -207,6 +208,7 @@ static void test_random(void **state) {
     x.config.maxRecvRows = (int64_t)nRanks * x.config.maxTokens * x.config.topK;
     x.shape.nWeights = host_random_in(&random, 1, 3);
     x.shape.nGrads = host_random_in(&random, 0, 3);
+    x.config.gradsMode = host_random_in(&random, 0, 3);
     for (int t = 0; t < x.shape.nWeights + x.shape.nGrads; t++) {
       x.shape.bytes[t] = 16 * (size_t)host_random_in(&random, 1, 20);
       x.shape.types[t] = host_random_in(&random, 0, 1) ? ULTRAEP_FLOAT32 : ULTRAEP_BFLOAT16;

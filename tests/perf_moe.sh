@@ -31,6 +31,7 @@ runs 1 "${small[@]}" --slots 1 --skew 1.5
 runs 1 "${small[@]}" --slots 4 --align 16 --mode once
 runs 1 "${small[@]}" --slots 0
 runs 1 "${small[@]}" --layers 3
+runs 1 "${small[@]}" --layers 3 --slot-grads clear
 runs 1 "${small[@]}" --layers 3 --overlap 1 --expert-ctas 4
 runs 1 "${small[@]}" --domain 2 --tolerance 0.2 --mode direct
 runs 1 "${small[@]}" --replica-rows 4
