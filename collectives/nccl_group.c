@@ -73,8 +73,10 @@ ultraepResult_t nccl_stream_wait(ncclRank_t *self, const char *phase) {
     cudaError_t error = cudaStreamQuery(self->stream);
     if (error == cudaSuccess) return ultraepSuccess;
     if (error != cudaErrorNotReady) return nccl_cuda_error(error, phase);
-    if (self->failure->abort)
+    if (self->failure->abort) {
+      self->isStuck = true; /* what is in the stream may never end */
       return error_set(ultraepRemoteError, "%s: the group was aborted on this rank", phase);
+    }
     if (nccl_now_ms() > deadline) return nccl_give_up(self, phase);
     nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
   }

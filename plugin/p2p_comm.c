@@ -33,9 +33,11 @@ int p2p_comm_async_error(void *comm, int *error) {
   result = original(comm, error);
   if (result != P2P_NCCL_SUCCESS) return result;
   p2p_pending_seen(comm, *error);
-  if (*error != P2P_NCCL_SUCCESS) return result;
+  /* What ranks that did not meet have begun may stay in progress for ever. */
+  if (*error != P2P_NCCL_SUCCESS && *error != P2P_NCCL_IN_PROGRESS) return result;
   scheduled = schedule_hold(comm);
-  if (scheduled) *error = schedule_comm_error(scheduled);
+  if (scheduled && schedule_comm_error(scheduled) != P2P_NCCL_SUCCESS)
+    *error = schedule_comm_error(scheduled);
   schedule_release(scheduled);
   return result;
 }

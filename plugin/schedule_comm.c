@@ -22,7 +22,8 @@ enum {
 
 struct scheduleComm {
   scheduleUse_t use; /* first */
-  ncclRank_t *self;
+  ncclRank_t *self;  /* null: it is lost */
+  int nRanks;
   ncclRegion_t window;
   kernelP2p_t p2p;
   void *pinned; /* mapped: the failure, then the maps */
@@ -35,7 +36,8 @@ struct scheduleComm {
   uint64_t launched;
   uint64_t newest; /* number of the last launch, see comm_follows; 0: none, or it failed */
   bool usesEvents;
-  bool isLost; /* not all ranks came to set it up: neither we nor NCCL can use it */
+  bool hasMet; /* what the ranks tried to do together last has come to an end that all know */
+  bool isLost; /* or not: neither we nor NCCL can use it */
   cudaEvent_t last;
   schedulePlace_t *places;
   atomic_int broken; /* NCCL's code of a launch that failed: peers wait for it in vain */
@@ -55,7 +57,7 @@ typedef struct {
 _Static_assert(sizeof(commOffer_t) <= NCCL_AGREE_BYTES, "an offer is one message");
 
 int schedule_comm_ranks(const scheduleComm_t *comm) {
-  return comm->self->nRanks;
+  return comm->nRanks;
 }
 
 int schedule_comm_error(const scheduleComm_t *comm) {
@@ -125,6 +127,10 @@ static ultraepResult_t comm_prepare(scheduleComm_t *comm, const kernelP2pGeometr
 }
 
 static void comm_free(scheduleComm_t *comm) {
+  if (!comm->self) {
+    free(comm);
+    return;
+  }
   schedule_share_close(comm->share);
   if (!comm->self->isStuck) {
     nccl_region_close(comm->self, &comm->window, true);
@@ -151,6 +157,7 @@ static ultraepResult_t comm_agree(scheduleComm_t *comm, const commOffer_t *mine)
   ultraepResult_t result = all && ranks ? nccl_agree(self, mine, all, sizeof(*mine), "schedule")
                                         : error_set(ultraepSystemError, "no memory for scheduling");
 
+  comm->hasMet = result == ultraepSuccess;
   for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) {
     ranks[r] = all[r].share;
     if (all[r].code != ultraepSuccess)
@@ -252,93 +259,99 @@ static int comm_patience_ms(const scheduleSetup_t *setup) {
 typedef struct {
   void *handle;
   scheduleSetup_t *setup;
-  bool isTold; /* all ranks know what became of it */
-  int result;  /* NCCL's code, for the program's call */
+  int result; /* NCCL's code, for the program's call */
 } commOpening_t;
 
-/* Where it fails: *made is null, or a communicator that is lost. */
-static ultraepResult_t comm_make(commOpening_t *opening, scheduleComm_t **made) {
+/* Sets it up; where that fails it is lost, or all ranks know and leave it to NCCL. */
+static ultraepResult_t comm_make(const commOpening_t *opening, scheduleComm_t *comm) {
   scheduleSetup_t *setup = opening->setup;
-  scheduleComm_t *comm = calloc(1, sizeof(*comm));
-  ultraepResult_t result;
+  ultraepResult_t result = nccl_rank_open(opening->handle, comm_patience_ms(setup), &comm->self);
 
-  if (!comm) return error_set(ultraepSystemError, "no memory for scheduling");
-  result = nccl_rank_open(opening->handle, comm_patience_ms(setup), &comm->self);
-  if (result != ultraepSuccess) {
-    free(comm);
-    return result;
-  }
+  comm->isLost = result != ultraepSuccess; /* the others wait */
+  if (comm->isLost) return result;
   pthread_mutex_init(&comm->lock, NULL);
   schedule_setup_watch(setup, &comm->self->failure->abort);
   result = comm_set_up(comm);
   schedule_setup_watch(setup, NULL);
-  opening->isTold = !comm->self->isStuck;
-  comm->isLost = !opening->isTold && !schedule_setup_is_aborted(setup);
-  if (result != ultraepSuccess && !comm->isLost) {
-    comm_free(comm);
-    return result;
-  }
-  if (comm->isLost) atomic_store(&comm->broken, P2P_NCCL_REMOTE_ERROR);
+  comm->isLost = !comm->hasMet || comm->self->isStuck;
+  if (comm->isLost) comm->self->isStuck = true; /* NCCL may still use its memory */
   comm->p2p.windows = comm->window.devicePeers;
-  *made = comm;
   return result;
 }
 
 /* What all ranks find alike, without a word. */
-static ultraepResult_t comm_look(void *handle, int *device) {
+static ultraepResult_t comm_look(void *handle, int *nRanks, int *device) {
   const ncclSymbols_t *nccl;
   ultraepResult_t result = nccl_symbols_find(&nccl);
-  int nRanks;
 
   if (result != ultraepSuccess) return result;
-  if (nccl->CommCount(handle, &nRanks) != 0 || nccl->CommCuDevice(handle, device) != 0)
+  if (nccl->CommCount(handle, nRanks) != 0 || nccl->CommCuDevice(handle, device) != 0)
     return error_set(ultraepInvalidUsage, "its size or device is not known");
-  if (nRanks < 2 || nRanks > KERNEL_P2P_MAX_RANKS)
-    return error_set(ultraepInvalidUsage, "%d rank%s", nRanks, nRanks == 1 ? "" : "s");
+  if (*nRanks < 2 || *nRanks > KERNEL_P2P_MAX_RANKS)
+    return error_set(ultraepInvalidUsage, "%d rank%s", *nRanks, *nRanks == 1 ? "" : "s");
   return ultraepSuccess;
 }
 
-/* What became of the communicator. Where this rank has not met the others it is lost: what they have begun on
- * it together would meet the program's next call on this one. */
-static void comm_opened(commOpening_t *opening, ultraepResult_t result, scheduleComm_t *made) {
-  if (made) schedule_add_comm(opening->handle, made);
-  if (schedule_setup_is_aborted(opening->setup)) return;
+static void comm_left_to_nccl(void) {
+  if (settings_tells_unscheduled())
+    settings_warn("sends and receives of a communicator are left to NCCL: %s", ultraepGetLastError());
+}
+
+/* What became of the communicator. Where its ranks have not met it is lost: what they have begun on it
+ * together would meet the program's next call on this one. */
+static void comm_opened(commOpening_t *opening, ultraepResult_t result, scheduleComm_t *comm) {
+  bool isAborted = schedule_setup_is_aborted(opening->setup);
+
   if (result == ultraepSuccess) {
     if (settings_is_verbose())
       settings_warn("communicator %p, rank %d of %d: sends and receives are scheduled, %d blocks",
-                    opening->handle, made->self->rank, made->self->nRanks, made->p2p.nBlocks);
-  } else if (!opening->isTold) {
-    opening->result = made ? P2P_NCCL_REMOTE_ERROR : P2P_NCCL_SYSTEM_ERROR;
+                    opening->handle, comm->self->rank, comm->nRanks, comm->p2p.nBlocks);
+    schedule_add_comm(opening->handle, comm);
+  } else if (comm->isLost && !isAborted) {
+    opening->result = comm->self ? P2P_NCCL_REMOTE_ERROR : P2P_NCCL_SYSTEM_ERROR;
+    atomic_store(&comm->broken, opening->result);
     settings_warn("communicator %p cannot be used, as its ranks could not agree who moves its data: %s; with "
                   "ULTRAEP_P2P=observe on all ranks NCCL does",
                   opening->handle, ultraepGetLastError());
-  } else if (settings_tells_unscheduled()) {
-    settings_warn("sends and receives of a communicator are left to NCCL: %s", ultraepGetLastError());
+    schedule_add_comm(opening->handle, comm);
+  } else {
+    if (!isAborted) comm_left_to_nccl();
+    comm_free(comm);
   }
+}
+
+static void comm_open_there(commOpening_t *opening) {
+  scheduleComm_t *comm = calloc(1, sizeof(*comm));
+  int device, entered;
+  ultraepResult_t result;
+
+  if (!comm) {
+    opening->result = P2P_NCCL_SYSTEM_ERROR;
+    settings_warn("communicator %p cannot be used: no memory for scheduling", opening->handle);
+    return;
+  }
+  result = comm_look(opening->handle, &comm->nRanks, &device);
+  if (result != ultraepSuccess) {
+    comm_left_to_nccl();
+    free(comm);
+    return;
+  }
+  entered = nccl_device_enter(device);
+  result = comm_make(opening, comm);
+  comm_opened(opening, result, comm);
+  nccl_device_leave(entered);
 }
 
 /* One communicator, on its device. The program may be capturing a graph, here or in another thread, which
  * memory that is allocated meanwhile must not end. */
 static void *comm_open(void *argument) {
-  commOpening_t *opening = argument;
   enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  scheduleComm_t *made = NULL;
-  ultraepResult_t result;
-  int device, entered;
 
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
   nccl_own_calls(true);
-  result = comm_look(opening->handle, &device);
-  if (result != ultraepSuccess) {
-    opening->isTold = true; /* as good as */
-  } else {
-    entered = nccl_device_enter(device);
-    result = comm_make(opening, &made);
-    nccl_device_leave(entered);
-  }
+  comm_open_there(argument);
   nccl_own_calls(false);
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  comm_opened(opening, result, made);
   return NULL;
 }
 
@@ -559,12 +572,15 @@ void schedule_comm_ends(const void *handle, bool abort) {
   int entered;
 
   if (!comm) return;
+  if (comm->isLost) { /* nothing was launched */
+    schedule_wait_unused(comm);
+    comm_free(comm);
+    return;
+  }
   entered = nccl_device_enter(comm->self->device);
   if (abort) comm->failure->abort = 1;
   schedule_wait_unused(comm);
-  if (comm->isLost) {
-    /* nothing was launched, and its memory stays */
-  } else if (comm_wait(comm, abort ? COMM_ABORT_WAIT_MS : -1)) {
+  if (comm_wait(comm, abort ? COMM_ABORT_WAIT_MS : -1)) {
     if (kernelP2pLeave(&comm->p2p, comm->self->stream) == cudaSuccess)
       (void)cudaStreamSynchronize(comm->self->stream);
   } else {
