@@ -1,6 +1,25 @@
 /* Peers' memory through NCCL's symmetric windows. */
 #include "nccl_backend.h"
 
+#include <pthread.h>
+#include <time.h>
+
+/* Threads that unmap the same allocations one beside the other have met a fault of the driver
+ * (peer_memory.c), and NCCL unmaps those of all ranks on each: ranks of a process take turns. NCCL's calls
+ * under it are local; should a version's wait for another rank, turns end after a second. */
+static pthread_mutex_t windowLock = PTHREAD_MUTEX_INITIALIZER;
+
+static bool window_lock(void) {
+  struct timespec until;
+  (void)clock_gettime(CLOCK_REALTIME, &until);
+  until.tv_sec++;
+  return pthread_mutex_timedlock(&windowLock, &until) == 0;
+}
+
+static void window_unlock(bool isLocked) {
+  if (isLocked) (void)pthread_mutex_unlock(&windowLock);
+}
+
 static ultraepResult_t window_alloc(ncclRank_t *self, size_t bytes, void **ptr) {
   int status = self->nccl->MemAlloc(ptr, bytes);
   if (status == 0) return ultraepSuccess;
@@ -9,7 +28,9 @@ static ultraepResult_t window_alloc(ncclRank_t *self, size_t bytes, void **ptr) 
 }
 
 static void window_release(ncclRank_t *self, void *ptr) {
+  bool isLocked = window_lock();
   (void)self->nccl->MemFree(ptr);
+  window_unlock(isLocked);
 }
 
 typedef struct {
@@ -50,7 +71,10 @@ static ultraepResult_t window_open(ncclRank_t *self, ncclRegion_t *region) {
 }
 
 static void window_close(ncclRank_t *self, ncclRegion_t *region) {
-  if (region->window) (void)self->nccl->CommWindowDeregister(self->comm, region->window);
+  if (!region->window) return;
+  bool isLocked = window_lock();
+  (void)self->nccl->CommWindowDeregister(self->comm, region->window);
+  window_unlock(isLocked);
   region->window = NULL;
 }
 

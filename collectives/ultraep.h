@@ -140,9 +140,10 @@ typedef enum {
    * clears them in the same pass. On GPUs of sm_90 and later, for layers whose gradients are all in symmetric
    * memory; elsewhere ORDERED is done. */
   ULTRAEP_GRADS_UNORDERED = 1,
-  /* Added to one of these: slots keep their gradients, and clearing them, a fifth of the bytes that move, is
-   * spared. For callers who write a slot's gradients before every reduction instead of adding to what is
-   * there: as there are no zeros, a matrix product with beta = 0. */
+  /* Added to one of these: slots keep their gradients, and clearing them, one of the four times that a
+   * replica's bytes move where an expert has one, is spared. For callers who write a slot's gradients before
+   * every reduction instead of adding to what is there: as there are no zeros, a matrix product with beta =
+   * 0. */
   ULTRAEP_GRADS_LEAVE = 2
 } ultraepGradsMode_t;
 
@@ -214,7 +215,8 @@ typedef struct {
    * its weights that come, more and smaller matrix products, its gradients that go home. The plan then makes
    * the largest of all ranks' rows and replicas' worth small, not of the rows alone, and makes fewer replicas
    * where they would cost their ranks more than they take from others. Measure it as the time of a layer with
-   * one more expert and as many rows. 0: rows alone. */
+   * one more expert and as many rows. As it may leave up to nSlots * replicaRows rows more on a rank, an
+   * explicit maxRecvRows must have room for them. 0: rows alone. */
   int32_t replicaRows;
   int32_t reserved[1]; /* 0 */
 } ultraepConfig_t;

@@ -36,7 +36,7 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   /* Weight gradients sum over the rows; those of padding are zeros, and cuBLAS is slow where their number is
    * odd. */
   int64_t align = options->bench.alignment, padded = (n + align - 1) / align * align;
-  /* What a replica's gradients are added to are zeros, which need not be read. */
+  /* A replica's gradients are written anew: there is nothing to add to. */
   bool isReplica = mlp_is_replica(rank, segment);
   const uint16_t *w1 = mlp_weights(rank, layer, 0, segment), *w2 = mlp_weights(rank, layer, 1, segment);
   uint16_t *rows = layer->rows + at * h, *rowsOut = rank->rowsOut + at * h;

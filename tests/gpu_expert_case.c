@@ -299,7 +299,22 @@ const char *gpu_kept_check(const gpuExperts_t *x, ultraepGroup_t group, const gp
 
 /* ---- both backends do the same ---- */
 
+/* The slots' gradients are written anew, on the device behind the reduction in its stream, as by the next
+ * product: no rank may still be reading them. */
+static const char *experts_overwrite(const gpuExperts_t *x, const gpuPlaces_t *host,
+                                     const gpuPlaces_t *device, int nLocal, cudaStream_t stream) {
+  const int fill = 0x42; /* in both types a number unlike those of gpu_experts_fill_grads */
+  for (int t = x->nWeights; t < x->nWeights + x->nGrads; t++)
+    for (int i = nLocal; i < host->n; i++) {
+      if (host->expert[i] < 0) continue;
+      RANK_CUDA(cudaMemsetAsync(device->tensors[t][i], fill, x->bytes[t], stream));
+      memset(host->tensors[t][i], fill, x->bytes[t]);
+    }
+  return NULL;
+}
+
 const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int number, gpuExpertRank_t *rank) {
+  static _Thread_local gpuPlaces_t host, device;
   cudaStream_t stream = world->streams[rank->device.side.rank];
   const gpuShape_t *shape = &x->shape;
   gpuData_t *data = &rank->data;
@@ -323,12 +338,18 @@ const char *gpu_experts_step(gpuWorld_t *world, const gpuExperts_t *x, int numbe
   RANK_DO(gpu_experts_compare(x, rank, 0, x->nWeights, stream));
   if (x->nGrads == 0) return NULL;
   RANK_DO(gpu_experts_fill_grads(x, rank, stream));
+  bool overwrites = shape->config.gradsMode & ULTRAEP_GRADS_LEAVE && number % 2 == 1;
+  if (overwrites) {
+    RANK_DO(gpu_experts_places(x, rank->host.side.route, false, stream, &host));
+    RANK_DO(gpu_experts_places(x, rank->device.side.route, true, stream, &device));
+  }
   RANK_MEET(world);
   RANK_OK(ultraepGradsReduce(rank->host.side.route, 3 * layer, NULL));
   if (x->usesGraphs)
     RANK_CUDA(cudaGraphLaunch(rank->graphs[1], stream));
   else
     RANK_DO(experts_backward(x, &rank->device, layer, stream));
+  if (overwrites) RANK_DO(experts_overwrite(x, &host, &device, gpu_experts_local(x, world), stream));
   RANK_CUDA(cudaStreamSynchronize(stream));
   return gpu_experts_compare(x, rank, x->nWeights, x->nWeights + x->nGrads, stream);
 }

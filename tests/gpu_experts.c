@@ -121,12 +121,14 @@ static void test_repeated(void **state) {
   check_hot(false, true, false, true, ULTRAEP_GRADS_ORDERED, 20);
   check_hot(false, true, true, true, ULTRAEP_GRADS_ORDERED, 5);
   check_hot(false, true, false, true, ULTRAEP_GRADS_UNORDERED, 5);
+  check_hot(false, true, false, true, ULTRAEP_GRADS_ORDERED | ULTRAEP_GRADS_LEAVE, 10);
 }
 static void test_graphs(void **state) {
   (void)state;
   check_hot(true, false, false, false, ULTRAEP_GRADS_ORDERED, 60);
   check_hot(true, false, false, true, ULTRAEP_GRADS_ORDERED, 60);
   check_hot(true, false, false, true, ULTRAEP_GRADS_UNORDERED, 60);
+  check_hot(true, false, false, true, ULTRAEP_GRADS_ORDERED | ULTRAEP_GRADS_LEAVE, 30);
 }
 
 /* ---- the gate by a measured rate ---- */

@@ -32,13 +32,15 @@ status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --json o.json
 status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --tolerance 0.5 --json loose.json
 "$check" loose.json t.csv 8 4 8 1.501 1.501 > /dev/null
 ! cmp -s o.json loose.json || fail "tolerance changes nothing"
-# Replicas' worth: none is as without; a little makes fewer replicas, and more than all rows none at all.
+# Replicas' worth: none is as without; a little leaves rows where they are, and more than all rows all of them.
 status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --replica-rows 0 --json dear.json
 [ "$(sed 's/"plan_us":[^,}]*//g' dear.json)" = "$(sed 's/"plan_us":[^,}]*//g' o.json)" ] || fail "--replica-rows 0"
 status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --replica-rows 200 --json dear.json
 "$check" dear.json t.csv 8 4 8 1.2 1.2 > /dev/null
 grep -q 'replica rows 200,' out || fail "no word on the rows that a replica costs"
 grep -q '"replica_rows":200,' dear.json || fail "--json without replica_rows"
+[ "$(tail -n 1 dear.json | grep -o '"planned":[^,]*')" != "$(tail -n 1 o.json | grep -o '"planned":[^,]*')" ] ||
+  fail "--replica-rows 200 changes nothing"
 status 0 "$plan" --trace t.csv --ranks 8 --slots 4 --replica-rows 1048576
 grep -q '^# worst .* 0 *0 *0 ' out || fail "replicas that cost more than they take"
 # The cost gate. A copy that costs far more than all rows: no replicas; for next to nothing: all; between, the cheapest.
