@@ -1,6 +1,7 @@
 #include "gpu_case.h"
 
 #include "gpu_copy.h"
+#include "nccl_backend.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -158,6 +159,30 @@ const char *gpu_side_free(gpuSide_t *side) {
   RANK_CUDA(cudaFree(old.tokenScales));
   RANK_CUDA(cudaFree(old.out));
   RANK_CUDA(cudaFree(old.sum));
+  return NULL;
+}
+
+const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side) {
+  const ncclRank_t *self = nccl_rank(side->group);
+  int32_t stamps[GPU_WORLD_MAX_RANKS];
+  RANK_MEET(world);
+  for (int i = 0; i < self->nRegions; i++)
+    for (int r = 0; r < world->nRanks && self->regions[i].base; r++) {
+      int32_t stamp = self->rank << 16 | r << 8 | i;
+      RANK_CUDA(cudaMemcpy(self->regions[i].peers[r] + sizeof(stamp) * (size_t)self->rank, &stamp,
+                           sizeof(stamp), cudaMemcpyHostToDevice));
+    }
+  RANK_MEET(world);
+  for (int i = 0; i < self->nRegions; i++) {
+    if (!self->regions[i].base) continue;
+    RANK_CUDA(cudaMemcpy(stamps, self->regions[i].base, sizeof(*stamps) * (size_t)world->nRanks,
+                         cudaMemcpyDeviceToHost));
+    for (int r = 0; r < world->nRanks; r++)
+      RANK_CHECK(stamps[r] == (r << 16 | self->rank << 8 | i),
+                 "region %d: rank %d's writes are not here (0x%08x): its mapping is another memory's", i, r,
+                 (unsigned)stamps[r]);
+  }
+  RANK_MEET(world);
   return NULL;
 }
 

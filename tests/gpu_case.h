@@ -90,6 +90,10 @@ const char *gpu_compare_counters(ultraepGroup_t host, ultraepGroup_t device);
  * the worst case. */
 gpuShape_t gpu_shape_small(int nRanks);
 
+/* Collective: what a rank writes at its peers' symmetric memory, there where it sees it, is in that memory.
+ */
+const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side);
+
 /* Collective: a whole exchange on a new group of the communicator is right. */
 static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
   gpuShape_t shape = gpu_shape_small(world->nRanks);
@@ -101,12 +105,13 @@ static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
   RANK_DO(gpu_side_make(world, &shape, rank, false, &host));
   RANK_DO(gpu_side_make(world, &shape, rank, true, &device));
   RANK_DO(gpu_data_make(&shape, rank, device.nRows, true, &data));
-  RANK_MEET(world);
+  RANK_DO(gpu_check_mappings(world, &device));
   gpu_data_fill(&shape, GPU_LOADS_SKEW, &data, &random);
   RANK_DO(gpu_host_run(&host, &data));
   RANK_DO(gpu_device_enqueue(&device, &data, false, world->streams[rank]));
   RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
   RANK_OK(ultraepGroupStatus(device.group, NULL));
+  RANK_DO(gpu_compare_segments(host.route, device.route, world->streams[rank]));
   RANK_DO(gpu_compare_data(&shape, &data));
   RANK_MEET(world);
   gpu_data_free(&data);

@@ -125,9 +125,12 @@ const char *gpu_world_run(gpuWorld_t *world, gpuWorldRank_t run, void *argument)
     }
   }
   for (int r = 0; r < world->nRanks; r++) (void)pthread_join(handles[r], NULL);
-  /* The earliest complaint: later ones may only follow from it. */
+  /* The earliest complaint: later ones may only follow from it, but may also tell why. */
   for (int r = 0; r < world->nRanks; r++)
     if (threads[r].complaint[0] && (!first || threads[r].seconds < first->seconds)) first = &threads[r];
+  for (int r = 0; r < world->nRanks; r++)
+    if (threads[r].complaint[0] && &threads[r] != first)
+      printf("%.3f s later: %s\n", threads[r].seconds - first->seconds, threads[r].complaint);
   return first ? gpu_world_say("%s", first->complaint) : NULL;
 }
 
