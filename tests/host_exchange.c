@@ -241,17 +241,17 @@ static void exchange_random(uint64_t seed, int nCases, int maxTokens) {
 
 static void test_tiny(void **state) {
   (void)state;
-  exchange_random(1, SANITIZED ? 20 : 60, 3);
+  exchange_random(1, SLOWED ? 20 : 60, 3);
 }
 
 static void test_small(void **state) {
   (void)state;
-  exchange_random(2, SANITIZED ? 10 : 30, 24);
+  exchange_random(2, SLOWED ? 10 : 30, 24);
 }
 
 static void test_large(void **state) {
   (void)state;
-  exchange_random(3, SANITIZED ? 2 : 5, 200);
+  exchange_random(3, SLOWED ? 2 : 5, 200);
 }
 
 int main(void) {

@@ -17,5 +17,11 @@
 #define SANITIZED_THREAD 0
 #endif
 #define SANITIZED (SANITIZED_ADDRESS || SANITIZED_THREAD)
+/* Or for line coverage, whose counters threads share. */
+#ifdef ULTRAEP_COVERAGE
+#define SLOWED 1
+#else
+#define SLOWED SANITIZED
+#endif
 
 #endif
