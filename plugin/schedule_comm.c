@@ -289,6 +289,10 @@ static ultraepResult_t comm_look(void *handle, int *nRanks, int *device) {
     return error_set(ultraepInvalidUsage, "its size or device is not known");
   if (*nRanks < 2 || *nRanks > KERNEL_P2P_MAX_RANKS)
     return error_set(ultraepInvalidUsage, "%d rank%s", *nRanks, *nRanks == 1 ? "" : "s");
+  /* Over memory that ranks map themselves it has not been measured: only where it is asked for. */
+  if (!nccl->hasWindows && !settings_get()->p2pIsAsked)
+    return error_set(ultraepInvalidUsage,
+                     "NCCL before 2.29: ULTRAEP_P2P=schedule on all ranks schedules them");
   return ultraepSuccess;
 }
 
