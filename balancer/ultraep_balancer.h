@@ -52,7 +52,7 @@ typedef struct {
   int32_t nExperts;      /* E, a multiple of R, R..4096 */
   int32_t nSlots;        /* S, 0..64 replicas a rank can hold */
   int32_t nDomainRanks;  /* D, a divisor of R; 0 means R */
-  uint32_t tolerancePpm; /* stop at ceil(mean * (1 + tolerancePpm / 1e6)) */
+  uint32_t tolerancePpm; /* stop at mean * (1 + tolerancePpm / 1e6) rounded down, or the mean rounded up */
   /* Cost gate: the plan minimises rowPs * (maximum rank load, with replicaRows) + copyPs * (expert copies
    * over the busiest link), see ultraepPlanCost_t. copyPs = 0 switches the gate off. */
   uint32_t rowPs;      /* picoseconds one assignment costs the rank that gets it, 0..ULTRAEP_MAX_ROW_PS */

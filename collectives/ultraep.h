@@ -1,8 +1,9 @@
 /* UltraEP for NCCL: load-aware Mixture-of-Experts all-to-all.
  *
  *   group    the ranks that exchange tokens: an ncclComm_t's, or the threads of a host world
- *   route    one microbatch of one layer: loads -> plan -> row offsets; lives from dispatch to the end of
- * backward dispatch tokens -> expert-major rows;  combine: expert-major rows -> tokens
+ *   route    one microbatch of one layer: loads -> plan -> row offsets; lives to the end of backward
+ *
+ * dispatch: tokens -> expert-major rows;  combine: expert-major rows -> tokens
  *
  * A training step of one layer, on every rank:
  *
@@ -12,8 +13,7 @@
  *   ultraepAllToAll(rowsOut, y, ULTRAEP_COMBINE, route, stream);             weighted sum per token
  *   ultraepAllToAll(dy, rowsGrad, ULTRAEP_DISPATCH, route, stream);          backward, same route
  *   ultraepAllToAll(rowsGradIn, dx, ULTRAEP_COMBINE_SUM, route, stream);
- *   ultraepGradsReduce(route, layer, stream);                                replicas' gradients into the
- * masters
+ *   ultraepGradsReduce(route, layer, stream);                                replicas' gradients home
  *
  * Row layout on the receiving rank: one segment per local instance, masters by expert, then slots 0..S-1;
  * each segment starts at a multiple of config.alignment rows; inside a segment rows are ordered by source
@@ -23,10 +23,11 @@
  * Results. Every call returns a code; ultraepGetLastError() has a message for the calling thread. Arguments
  * are checked before anything is enqueued, written or exchanged. Outputs are set only on success.
  *   ultraepInvalidArgument, ultraepInvalidUsage  the call had no effect; the group works on.
- *   ultraepCapacityExceeded                      this route failed, alike on every rank, before a row moved;
- * the group works on and the route may be updated again. ultraepTimeout, ultraepRemoteError           the
- * group has failed (unless the call says that it works on): this and every later call on it returns this
- * error until it is destroyed. ultraepGroupStatus names phase and rank. Only properties, counters, status,
+ *   ultraepCapacityExceeded                      this route failed, alike on every rank, before a row
+ *                                                moved; the group works on, the route may be updated.
+ *   ultraepTimeout, ultraepRemoteError           the group has failed (unless the call says that it works
+ *                                                on): this and every later call on it returns this error
+ * until it is destroyed. ultraepGroupStatus names phase and rank. Only properties, counters, status,
  * abort and the destroying calls still work. Once a call has returned the error, no peer touches this rank's
  * memory any more.
  *
@@ -112,8 +113,9 @@ typedef enum {
 
 typedef enum {
   /* Chosen when the group is made; both modes give bitwise the same rows. ONCE on the NCCL backend where
-   * config.linkBytesPerSecond is given and so far below a GPU's memory that sending less over the link is
-   * worth the copies at the destination, at maxTokens tokens; else DIRECT. */
+   * the link (config.linkBytesPerSecond, or 360e9 where every rank has a GPU of its own) is so far below a
+   * GPU's memory that sending less over it is worth the copies at the destination, at maxTokens tokens; else
+   * DIRECT. */
   ULTRAEP_DISPATCH_AUTO = 0,
   ULTRAEP_DISPATCH_DIRECT = 1, /* every row straight to its place */
   ULTRAEP_DISPATCH_ONCE =
@@ -186,10 +188,11 @@ typedef struct {
   int64_t maxRecvRows;
   double tolerance; /* balance to mean * (1 + tolerance), 0..1000; see replicaRows, too */
   /* Cost gate (see ultraepPlannerConfig_t): fewer replicas, or none, where copying their weights costs more
-   * time than it saves. expertBytes: what one copy of an expert moves, bytes, 1..2^40; 0: no gate, every plan
-   * balances fully; ULTRAEP_EXPERT_BYTES_REGISTERED: what ultraepExpertsRegister registers, and no gate
-   * before. Registered weights alone (inference) count as they are; with gradients a row counts three times
-   * (forward, and both gradients), and a copy is weights for forward, again for backward, and gradients. */
+   * time than it saves. expertBytes: what one copy of an expert moves, bytes, 1..2^40; 0: no gate, plans
+   * balance as far as tolerance and replicaRows say; ULTRAEP_EXPERT_BYTES_REGISTERED: what
+   * ultraepExpertsRegister registers, and no gate before. Registered weights alone (inference) count as they
+   * are; with gradients a row counts three times (forward, and both gradients), and a copy is weights for
+   * forward, again for backward, and gradients. */
   int64_t expertBytes;
   /* Rate at which one rank sends. 0: ULTRAEP_DISPATCH_AUTO takes 360e9 where every rank has a GPU of its own,
    * and is DIRECT elsewhere; and the gate takes 400e9, an H100's

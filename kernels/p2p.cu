@@ -1,4 +1,4 @@
-// Sends and receives: the kernel, and how it is launched. See p2p.h.
+// Sends and receives: the kernel, and how it is launched. See kernel_p2p.h.
 #include "load.cuh"
 #include "p2p_lanes.cuh"
 

@@ -62,7 +62,7 @@ static const char moeDoc[] =
     "are fp32 sums of bfloat16 products, which that call does not have. The host reads the number of rows of "
     "each expert once a layer, while dispatch runs; all three runs do. Fill, reading and checks are not "
     "timed, "
-    "nor is the clearing of the gradients.\n\n"
+    "nor is the clearing of the masters' gradients.\n\n"
     "--overlap 1: weights go on a second stream beside dispatch and the masters' first products, and "
     "gradients "
     "beside the last products (of input gradients); the phases that they go beside then hold their time. "

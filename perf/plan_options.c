@@ -56,7 +56,7 @@ static const char planDoc[] =
     "which weighs the rows of the busiest rank against copies over the busiest link, and says why.\n\n"
     "--json writes an object a line: step, layer, microbatch, before, planned, realised, bound, replicas, "
     "fanout, "
-    "rank_in, plan_us, instances [[expert, rank, quota], ..], masters included; with --gate "
+    "rank_in, plan_us, local, instances [[expert, rank, quota], ..], masters included; with --gate "
     "gate {kept, all, none_rows_us, gated, full, text, ..}, with --cost copies [{gbps, direct {us, sends, "
     "..}, relay {us, ..}}, ..]; the last line is {\"summary\": ..}. "
     "With --json - stdout carries nothing else.\n\n"

@@ -1,11 +1,12 @@
 /* ULTRAEP_P2P=schedule, the default: sends and receives on communicators whose ranks share one domain do not
- * go to NCCL, but to one kernel of ours a group (kernels/p2p.h).
+ * go to NCCL, but to one kernel of ours a group (kernels/kernel_p2p.h).
  *
  * Which communicators: decided once, when one is made, by all its ranks together, for all of them are in that
  * call: each says what it can do, then all make and map their windows, or none. So both ends of a transfer
  * always agree. Where the call that makes it does not wait for the others, neither does the set-up
  * (p2p_pending.h). A communicator whose making was not seen on every rank (by a process's first one NCCL
- * loads its plugins) is left to NCCL (attendance.h).
+ * loads its plugins) is left to NCCL (attendance.h). So are those of more than 128 ranks and, unless
+ * ULTRAEP_P2P is set, all under NCCL before 2.29.
  *
  * Calls of a group are collected by thread and launched when its outermost group ends, before NCCL launches
  * its own part of it: then the order is the same on all ranks, also where NCCL does its part later, in a
@@ -85,7 +86,8 @@ bool schedule_setup_is_aborted(scheduleSetup_t *setup); /* not where setup is nu
 bool schedule_is_wanted(void);
 /* Collective: the communicators, all ready, were made by one call or group. setups: [n], or null. Returns
  * NCCL's code, not success where one is lost: a rank that should have met the others did not, and what they
- * have begun on it together stays. Calls on such a one are refused. */
+ * have begun on it together stays. Calls on such a one are refused, unless there was no memory even to note
+ * it. */
 int schedule_comms_made(void *const *comms, scheduleSetup_t *const *setups, int n);
 /* Whether the calling thread makes NCCL's calls for us: what it asks NCCL is not the program's question. */
 bool schedule_is_own_thread(void);

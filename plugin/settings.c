@@ -31,9 +31,11 @@ static const setting_t settingsTable[] = {
      .offset = offsetof(settings_t, p2p),
      .byDefault = "schedule",
      .words = {"off", "observe", "schedule"},
-     .help = "what is done with NCCL's send, receive and all-to-all calls: nothing (the profiler role still "
-             "counts what NCCL tells it); count them and pass them on; or count them and, on communicators "
-             "whose ranks share one domain, move them by load with our own kernel"},
+     .help =
+         "what is done with NCCL's send, receive and all-to-all calls: nothing (the profiler role still "
+         "counts what NCCL tells it); count them and pass them on; or count them and, on communicators "
+         "whose ranks share one domain, move them by load with our own kernel (under NCCL before 2.29 only "
+         "where this is set); alike on all ranks"},
     {.name = "ULTRAEP_P2P_CTAS",
      .type = SETTING_INT,
      .offset = offsetof(settings_t, p2pCtas),
@@ -79,8 +81,8 @@ static const setting_t settingsTable[] = {
      .byDefault = "86400000",
      .min = 0,
      .max = 2147483647,
-     .help = "how long a scheduled send or receive waits for its peer, and a non-blocking communicator for "
-             "all its ranks to agree; 0: for ever, as NCCL does"},
+     .help = "how long a scheduled send or receive waits for its peer, and a new communicator for all its "
+             "ranks to agree (10 minutes at most where making it blocks); 0: for ever, as NCCL does"},
     {.name = "ULTRAEP_P2P_SHARE",
      .type = SETTING_WORD,
      .offset = offsetof(settings_t, p2pShare),
