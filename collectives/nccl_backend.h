@@ -3,7 +3,8 @@
  *   nccl_backend.c   the table of operations, each on the communicator's device
  *   nccl_symbols.c   NCCL's functions, found at run time
  *   nccl_call.c      those that wait for other ranks, bounded
- *   nccl_group.c     create, agree, status, abort, destroy
+ *   nccl_agree.c     what every rank tells all others
+ *   nccl_group.c     create, status, abort, destroy
  *   nccl_memory.c    symmetric regions, over one of two ways to the peers:
  *   nccl_window.c      NCCL's windows
  *   nccl_ipc.c         CUDA IPC: mappings of our own
@@ -162,6 +163,8 @@ void nccl_rank_close(ncclRank_t *rank);
 #define NCCL_AGREE_BYTES 512
 ultraepResult_t nccl_agree(ncclRank_t *self, const void *mine, void *messages, size_t bytes,
                            const char *phase);
+/* Of the rank's agreeBuffer. */
+size_t nccl_agree_buffer_bytes(const ncclRank_t *self);
 
 /* Collective: allocates (ptr null) or takes memory and finds the peers' pointers. `zero` clears it before any
  * peer can reach it. All ranks have the region afterwards, or none. */
