@@ -22,7 +22,7 @@ void p2p_comm_forget(const void *comm) {
 int p2p_comm_async_error(void *comm, int *error) {
   p2p_error_fn original = (p2p_error_fn)p2p_original(P2P_COMM_ASYNC_ERROR);
   scheduleComm_t *scheduled;
-  int result;
+  int result, own;
 
   if (!original) return P2P_NCCL_INVALID_USAGE;
   if (!error || p2p_pending_passes()) return original(comm, error);
@@ -36,8 +36,8 @@ int p2p_comm_async_error(void *comm, int *error) {
   /* What ranks that did not meet have begun may stay in progress for ever. */
   if (*error != P2P_NCCL_SUCCESS && *error != P2P_NCCL_IN_PROGRESS) return result;
   scheduled = schedule_hold(comm);
-  if (scheduled && schedule_comm_error(scheduled) != P2P_NCCL_SUCCESS)
-    *error = schedule_comm_error(scheduled);
+  own = scheduled ? schedule_comm_error(scheduled) : P2P_NCCL_SUCCESS;
+  if (own != P2P_NCCL_SUCCESS) *error = own;
   schedule_release(scheduled);
   return result;
 }

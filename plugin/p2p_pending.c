@@ -191,6 +191,13 @@ static bool pending_is_ours(const pending_entry_t *entry) {
   return entry->phase >= PENDING_IDLE;
 }
 
+/* Sets up those that are there; result is NCCL's, which goes before what became of them. */
+static int pending_schedule(void *const *comms, int n, int result) {
+  const int met = n > 0 ? schedule_comms_made(comms, NULL, n) : P2P_NCCL_SUCCESS;
+
+  return result == P2P_NCCL_SUCCESS ? met : result;
+}
+
 /* ---- the thread ---- */
 
 static bool pending_is_given_up(const void *asked) {
@@ -345,7 +352,7 @@ static void pending_leave(const p2pMade_t *made, int n) {
 
 static int pending_made_now(const p2pMade_t *made, int n, int result) {
   void **comms = calloc((size_t)n, sizeof(*comms));
-  int nMeeting = 0, met;
+  int nMeeting = 0;
 
   if (!comms && schedule_is_wanted()) result = P2P_NCCL_SYSTEM_ERROR;
   pthread_mutex_lock(&pendingLock);
@@ -356,8 +363,7 @@ static int pending_made_now(const p2pMade_t *made, int n, int result) {
     if (pending_meets(made[i].attendance)) comms[nMeeting++] = *made[i].place;
   }
   pthread_mutex_unlock(&pendingLock);
-  met = nMeeting > 0 ? schedule_comms_made(comms, NULL, nMeeting) : P2P_NCCL_SUCCESS;
-  if (result == P2P_NCCL_SUCCESS) result = met;
+  result = pending_schedule(comms, nMeeting, result);
   pending_leave(made, n);
   free(comms);
   return result;
@@ -441,7 +447,7 @@ int p2p_pending_group_check(int result) {
   bool isLater = result == P2P_NCCL_IN_PROGRESS;
   pending_entry_t *taken = NULL;
   void **comms = NULL;
-  int n, met;
+  int n;
 
   pthread_mutex_lock(&pendingLock);
   n = pending_count_mine(&isLater);
@@ -456,8 +462,7 @@ int p2p_pending_group_check(int result) {
     n = pending_group_there(taken, comms);
   }
   pthread_mutex_unlock(&pendingLock);
-  met = n > 0 ? schedule_comms_made(comms, NULL, n) : P2P_NCCL_SUCCESS;
-  if (result == P2P_NCCL_SUCCESS) result = met;
+  result = pending_schedule(comms, n, result);
   while (taken) pending_free(pending_unlink(&taken));
   free(comms);
   return result;

@@ -93,7 +93,7 @@ static ultraepResult_t comm_prepare(scheduleComm_t *comm, const kernelP2pGeometr
   ncclRank_t *self = comm->self;
   const settings_t *settings = settings_get();
   size_t failure = (sizeof(kernelP2pFailure_t) + 255) / 256 * 256;
-  size_t bytes = failure + (size_t)self->nRanks * KERNEL_P2P_SLOTS * sizeof(kernelP2pMap_t);
+  size_t bytes = failure + (size_t)comm->nRanks * KERNEL_P2P_SLOTS * sizeof(kernelP2pMap_t);
   int major = 0, limit = 0, multiprocessors = 0;
   char *mapped = NULL;
   cudaError_t error = (cudaError_t)kernelP2pLoad();
@@ -121,8 +121,8 @@ static ultraepResult_t comm_prepare(scheduleComm_t *comm, const kernelP2pGeometr
                             .failure = (kernelP2pFailure_t *)mapped};
   if (comm->p2p.nBlocks > multiprocessors) comm->p2p.nBlocks = multiprocessors;
   comm->p2p.state = nccl_device_alloc(self, kernelP2pStateBytes(geometry), "the state of scheduling");
-  comm->lanes = calloc(2 * (size_t)self->nRanks, sizeof(*comm->lanes));
-  comm->counts = calloc(2 * (size_t)self->nRanks, sizeof(*comm->counts));
+  comm->lanes = calloc(2 * (size_t)comm->nRanks, sizeof(*comm->lanes));
+  comm->counts = calloc(2 * (size_t)comm->nRanks, sizeof(*comm->counts));
   return comm->p2p.state && comm->lanes && comm->counts ? ultraepSuccess : ultraepSystemError;
 }
 
@@ -152,13 +152,13 @@ static void comm_free(scheduleComm_t *comm) {
 /* All ranks can, and alike: else null, on all of them. */
 static ultraepResult_t comm_agree(scheduleComm_t *comm, const commOffer_t *mine) {
   ncclRank_t *self = comm->self;
-  commOffer_t *all = calloc((size_t)self->nRanks, sizeof(*all));
-  scheduleShareRank_t *ranks = calloc((size_t)self->nRanks, sizeof(*ranks));
+  commOffer_t *all = calloc((size_t)comm->nRanks, sizeof(*all));
+  scheduleShareRank_t *ranks = calloc((size_t)comm->nRanks, sizeof(*ranks));
   ultraepResult_t result = all && ranks ? nccl_agree(self, mine, all, sizeof(*mine), "schedule")
                                         : error_set(ultraepSystemError, "no memory for scheduling");
 
   comm->hasMet = result == ultraepSuccess;
-  for (int r = 0; r < self->nRanks && result == ultraepSuccess; r++) {
+  for (int r = 0; r < comm->nRanks && result == ultraepSuccess; r++) {
     ranks[r] = all[r].share;
     if (all[r].code != ultraepSuccess)
       result = error_set(ultraepRemoteError, "rank %d cannot", r);
@@ -226,7 +226,7 @@ static kernelP2pGeometry_t comm_geometry(const settings_t *settings, int nRanks)
 /* All that the ranks do together. */
 static ultraepResult_t comm_set_up(scheduleComm_t *comm) {
   const settings_t *settings = settings_get();
-  const int nRanks = comm->self->nRanks;
+  const int nRanks = comm->nRanks;
   commOffer_t mine = {.version = COMM_VERSION, .geometry = comm_geometry(settings, nRanks)};
   ultraepResult_t result = comm_prepare(comm, &mine.geometry);
   scheduleShare_t *share;
@@ -524,7 +524,7 @@ static int comm_launch(scheduleComm_t *comm, const scheduleOp_t *ops, int n) {
   int nLanes, result;
 
   if (!comm_make_room(comm, n)) return P2P_NCCL_SYSTEM_ERROR;
-  nLanes = schedule_lanes(ops, n, comm->self->nRanks, comm->lanes, comm->sorted, comm->from, comm->counts);
+  nLanes = schedule_lanes(ops, n, comm->nRanks, comm->lanes, comm->sorted, comm->from, comm->counts);
   comm_share_buffers(comm, comm->lanes, nLanes, ops);
   result = comm_result(comm_join(ops, n, stream, true));
   if (result == P2P_NCCL_SUCCESS) result = comm_result(comm_order(comm, stream, id, captured));
@@ -592,7 +592,7 @@ void schedule_comm_ends(const void *handle, bool abort) {
   }
   if (settings_is_verbose())
     settings_warn("communicator %p, rank %d of %d: %llu scheduled groups were launched", handle,
-                  comm->self->rank, comm->self->nRanks, (unsigned long long)comm->launched);
+                  comm->self->rank, comm->nRanks, (unsigned long long)comm->launched);
   comm_free(comm);
   nccl_device_leave(entered);
 }

@@ -300,14 +300,23 @@ static uint64_t fake_hash(const void *bytes, size_t nBytes) {
   return hash;
 }
 
+/* waits: the call does, outside a group, also where the communicator does not block. */
+static int fake_comm_make_by_ids(void **comm, int nRanks, int rank, const fake_id *ids, int nIds,
+                                 int blocking, int waits) {
+  const int result =
+      fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)), blocking);
+
+  if (result == FAKE_SUCCESS || result == FAKE_IN_PROGRESS)
+    fake_join(*comm, result == FAKE_SUCCESS || (waits && fake_group_depth() == 0));
+  return result;
+}
+
 FAKE_TWIN(ncclCommInitRank);
 int pncclCommInitRank(void **comm, int nRanks, fake_id id, int rank) {
   int result;
 
   if (fakeState.result > 1) return fakeState.result;
-  result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(NULL, 1));
-  if (result != FAKE_SUCCESS && result != FAKE_IN_PROGRESS) return result;
-  fake_join(*comm, result != FAKE_IN_PROGRESS || fake_group_depth() == 0);
+  result = fake_comm_make_by_ids(comm, nRanks, rank, &id, 1, fake_blocking(NULL, 1), 1);
   if (result != FAKE_IN_PROGRESS || fake_group_depth() > 0) return result;
   ((struct fake_comm *)*comm)->busy = 0; /* this call waits in any case */
   return FAKE_SUCCESS;
@@ -316,20 +325,13 @@ FAKE_WEAK(ncclCommInitRank);
 
 FAKE_TWIN(ncclCommInitRankConfig);
 int pncclCommInitRankConfig(void **comm, int nRanks, fake_id id, int rank, void *config) {
-  int result = fake_comm_make(comm, nRanks, rank, fake_hash(&id, sizeof(id)), fake_blocking(config, 1));
-
-  if (result == FAKE_SUCCESS || result == FAKE_IN_PROGRESS) fake_join(*comm, result != FAKE_IN_PROGRESS);
-  return result;
+  return fake_comm_make_by_ids(comm, nRanks, rank, &id, 1, fake_blocking(config, 1), 0);
 }
 FAKE_WEAK(ncclCommInitRankConfig);
 
 FAKE_TWIN(ncclCommInitRankScalable);
 int pncclCommInitRankScalable(void **comm, int nRanks, int rank, int nIds, const fake_id *ids, void *config) {
-  int result = fake_comm_make(comm, nRanks, rank, fake_hash(ids, (size_t)nIds * sizeof(*ids)),
-                              fake_blocking(config, 1));
-
-  if (result == FAKE_SUCCESS || result == FAKE_IN_PROGRESS) fake_join(*comm, result != FAKE_IN_PROGRESS);
-  return result;
+  return fake_comm_make_by_ids(comm, nRanks, rank, ids, nIds, fake_blocking(config, 1), 0);
 }
 FAKE_WEAK(ncclCommInitRankScalable);
 

@@ -112,8 +112,8 @@ static void check_grads(hostRankArg_t *self, const ultraepSegments_t *s, int ste
         unsigned char got[4] = {0}, want[4] = {0}, part[4] = {0};
         oracle_store(type, got, 0, oracle_load(type, s->grads[t][i], n));
         float sum = 0.0f; /* a slot's gradient is zero afterwards, or as it was */
-        bool isKept = i >= nLocal && x->config.gradsMode & ULTRAEP_GRADS_LEAVE;
-        for (int r = -1; (i < nLocal || isKept) && r < (isKept ? 0 : self->nRanks); r++) {
+        int end = i < nLocal ? self->nRanks : x->config.gradsMode & ULTRAEP_GRADS_LEAVE ? 0 : -1;
+        for (int r = -1; r < end; r++) {
           int rank = r < 0 ? self->rank : r;
           if (r == self->rank || !has_expert(&x->segments[rank], s->expert[i])) continue;
           oracle_store(type, part, 0, grad_value(step, t, s->expert[i], rank, n));

@@ -19,7 +19,10 @@ if [ "$1" = gpu ]; then
   status 0 "$links" --bytes 1M -n 3 --flags 20 --ctas 1,16 -J o.json
   grep -Eq '^# copy rate within a GPU: [0-9.]+ GB/s' out || fail "no copy rate: $(cat out)"
   grep -Eq '^# link rate: ([0-9.]+ GB/s, |none, )' out || fail "no link rate: $(cat out)"
-  awk '!($1 > 0) { exit 1 }' <<< "$("$json" o.json copy_gbps)" || fail "copy rate $("$json" o.json copy_gbps)"
+  # positive KEY: a rate of the summary.
+  positive() { "$json" o.json "$1" | awk '!($1 > 0) { exit 1 }' || fail "$1: $("$json" o.json "$1")"; }
+  positive copy_gbps
+  [ "$gpus" = 1 ] || positive link_gbps
   # measured PAIR KEY...: rates of both numbers of blocks, more than 0; of bulk copies none before sm_90.
   measured() {
     local pair=$1 key rates
@@ -38,9 +41,7 @@ if [ "$1" = gpu ]; then
   measured 0 store_gbps store_bulk_gbps
   # From GPU 0 to 1 and back.
   for pair in 1 "$gpus"; do
-    [ "$gpus" -gt 1 ] || continue
-    awk '!($1 > 0) { exit 1 }' <<< "$("$json" o.json link_gbps)" || fail "link rate $("$json" o.json link_gbps)"
-    if [ "$("$json" o.json pairs "$pair" reachable)" = true ]; then
+    if [ "$gpus" -gt 1 ] && [ "$("$json" o.json pairs "$pair" reachable)" = true ]; then
       measured "$pair" {,both_}{store,load}{,_bulk}_gbps
     fi
   done
