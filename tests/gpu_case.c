@@ -1,8 +1,10 @@
 #include "gpu_case.h"
 
+#include "gpu_common.h"
 #include "gpu_copy.h"
 #include "nccl_backend.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -162,27 +164,89 @@ const char *gpu_side_free(gpuSide_t *side) {
   return NULL;
 }
 
+/* Where stamps may lie: a region of the caller's, or (-1) the group's own window, whose loads nobody reads
+ * before they are written. */
+static const ncclRegion_t *stamped_region(const ncclRank_t *self, int i, size_t *offset) {
+  *offset = i < 0 ? self->kernel.loadsOffset : 0;
+  const ncclRegion_t *region = i < 0 ? &self->window : &self->regions[i];
+  return region->base ? region : NULL;
+}
+
 const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side) {
   const ncclRank_t *self = nccl_rank(side->group);
   int32_t stamps[GPU_WORLD_MAX_RANKS];
+  size_t offset;
   RANK_MEET(world);
-  for (int i = 0; i < self->nRegions; i++)
-    for (int r = 0; r < world->nRanks && self->regions[i].base; r++) {
-      int32_t stamp = self->rank << 16 | r << 8 | i;
-      RANK_CUDA(cudaMemcpy(self->regions[i].peers[r] + sizeof(stamp) * (size_t)self->rank, &stamp,
+  for (int i = -1; i < self->nRegions; i++) {
+    const ncclRegion_t *region = stamped_region(self, i, &offset);
+    for (int r = 0; r < world->nRanks && region; r++) {
+      int32_t stamp = self->rank << 16 | r << 8 | (i + 1);
+      RANK_CUDA(cudaMemcpy(region->peers[r] + offset + sizeof(stamp) * (size_t)self->rank, &stamp,
                            sizeof(stamp), cudaMemcpyHostToDevice));
     }
+  }
   RANK_MEET(world);
-  for (int i = 0; i < self->nRegions; i++) {
-    if (!self->regions[i].base) continue;
-    RANK_CUDA(cudaMemcpy(stamps, self->regions[i].base, sizeof(*stamps) * (size_t)world->nRanks,
+  for (int i = -1; i < self->nRegions; i++) {
+    const ncclRegion_t *region = stamped_region(self, i, &offset);
+    if (!region) continue;
+    RANK_CUDA(cudaMemcpy(stamps, (const char *)region->base + offset, sizeof(*stamps) * (size_t)world->nRanks,
                          cudaMemcpyDeviceToHost));
     for (int r = 0; r < world->nRanks; r++)
-      RANK_CHECK(stamps[r] == (r << 16 | self->rank << 8 | i),
+      RANK_CHECK(stamps[r] == (r << 16 | self->rank << 8 | (i + 1)),
                  "region %d: rank %d's writes are not here (0x%08x): its mapping is another memory's", i, r,
                  (unsigned)stamps[r]);
   }
   RANK_MEET(world);
+  return NULL;
+}
+
+/* What a rank's kernels wait for, while they do: its flags as it sees them itself and those that it has
+ * raised as it sees them at its peers, its calls and what has come to the barrier of the kernel that runs. */
+static const char *side_print_waits(const gpuSide_t *side) {
+  const ncclRank_t *self = nccl_rank(side->group);
+  size_t nRanks = (size_t)self->nRanks, bytes = KERNEL_FLAG_KINDS * nRanks * sizeof(uint64_t);
+  uint64_t flags[(size_t)KERNEL_FLAG_KINDS * GPU_WORLD_MAX_RANKS + 1];
+  kernelState_t state;
+  cudaStream_t look;
+  char text[4096];
+  size_t n = 0;
+  RANK_CUDA(cudaStreamCreateWithFlags(&look, cudaStreamNonBlocking));
+  RANK_CUDA(cudaMemcpyAsync(&state, self->kernel.state, sizeof(state), cudaMemcpyDeviceToHost, look));
+  RANK_CUDA(cudaStreamSynchronize(look));
+  for (int lane = 0; lane < KERNEL_LANES; lane++)
+    n += (size_t)snprintf(text + n, sizeof(text) - n, " lane %d: %u calls, arrived %u and %u, left %u;", lane,
+                          state.lanes[lane].calls, state.lanes[lane].arrived[0], state.lanes[lane].arrived[1],
+                          state.lanes[lane].left);
+  n += (size_t)snprintf(text + n, sizeof(text) - n, " failed %d, windows at", state.failed);
+  for (int r = 0; r < self->nRanks; r++)
+    n += (size_t)snprintf(text + n, sizeof(text) - n, " %p", (void *)self->window.peers[r]);
+  for (int r = -1; r < self->nRanks; r++) {
+    const void *window = r < 0 ? self->window.base : self->window.peers[r];
+    RANK_CUDA(cudaMemcpyAsync(flags, window, bytes + sizeof(uint64_t), cudaMemcpyDeviceToHost, look));
+    RANK_CUDA(cudaStreamSynchronize(look));
+    n +=
+        (size_t)snprintf(text + n, sizeof(text) - n, "\n  %s %d at %p:", r < 0 ? "own, rank" : "seen at rank",
+                         r < 0 ? self->rank : r, window);
+    for (size_t i = 0; i < bytes / sizeof(uint64_t) + 1 && n + 64 < sizeof(text); i++)
+      if (flags[i] != 0)
+        n += (size_t)snprintf(text + n, sizeof(text) - n, " %zu/%zu=%llx", i / nRanks, i % nRanks,
+                              (unsigned long long)flags[i]);
+  }
+  RANK_CUDA(cudaStreamDestroy(look));
+  printf("rank %d still waits:%s\n", self->rank, text);
+  fflush(stdout);
+  return NULL;
+}
+
+const char *gpu_side_sync(const gpuSide_t *side, cudaStream_t stream) {
+  double start = gpu_world_seconds();
+  for (bool isSaid = false; cudaStreamQuery(stream) == cudaErrorNotReady;) {
+    gpu_world_sleep_ms(1);
+    if (isSaid || gpu_world_seconds() - start < 5 * GPU_PATIENCE) continue;
+    isSaid = true;
+    RANK_DO(side_print_waits(side));
+  }
+  RANK_CUDA(cudaStreamSynchronize(stream));
   return NULL;
 }
 

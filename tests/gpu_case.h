@@ -94,6 +94,9 @@ gpuShape_t gpu_shape_small(int nRanks);
  */
 const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side);
 
+/* Waits for the stream's end. Where that takes long, prints once what the side's kernels wait for. */
+const char *gpu_side_sync(const gpuSide_t *side, cudaStream_t stream);
+
 /* Collective: a whole exchange on a new group of the communicator is right. */
 static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
   gpuShape_t shape = gpu_shape_small(world->nRanks);
@@ -109,7 +112,7 @@ static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
   gpu_data_fill(&shape, GPU_LOADS_SKEW, &data, &random);
   RANK_DO(gpu_host_run(&host, &data));
   RANK_DO(gpu_device_enqueue(&device, &data, false, world->streams[rank]));
-  RANK_CUDA(cudaStreamSynchronize(world->streams[rank]));
+  RANK_DO(gpu_side_sync(&device, world->streams[rank]));
   RANK_OK(ultraepGroupStatus(device.group, NULL));
   RANK_DO(gpu_compare_segments(host.route, device.route, world->streams[rank]));
   RANK_DO(gpu_compare_data(&shape, &data));

@@ -165,7 +165,7 @@ static const char *fault_rank(gpuWorld_t *world, int rank, void *argument) {
   RANK_MEET(world);
   /* A round that works, so that a route stands and kernels have run. */
   RANK_DO(gpu_device_enqueue(&side, &data, false, stream));
-  RANK_CUDA(cudaStreamSynchronize(stream));
+  RANK_DO(gpu_side_sync(&side, stream));
   RANK_OK(ultraepGroupStatus(side.group, NULL));
   RANK_MEET(world);
 

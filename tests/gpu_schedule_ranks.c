@@ -119,6 +119,7 @@ void exchange_checked(rank_t *self, void *comm, bool twoStreams) {
   fill(self);
   meet();
   if (!self->flaw[0]) exchange(self, comm, twoStreams);
+  if (comm) ready(self, comm); /* where NCCL has it and does not block, the group may not be enqueued yet */
   verify(self);
   meet();
 }
