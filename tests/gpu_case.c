@@ -1,6 +1,5 @@
 #include "gpu_case.h"
 
-#include "gpu_common.h"
 #include "gpu_copy.h"
 #include "nccl_backend.h"
 
@@ -127,6 +126,7 @@ static const char *side_make_inputs(gpuSide_t *side) {
   RANK_CUDA(cudaMalloc((void **)&side->tokenScales, n * (size_t)side->shape->config.scaleBytes + 16));
   RANK_CUDA(cudaMalloc((void **)&side->out, n * row_bytes(side)));
   RANK_CUDA(cudaMalloc((void **)&side->sum, n * row_bytes(side)));
+  RANK_CUDA(cudaEventCreateWithFlags(&side->fed, cudaEventDisableTiming));
   return NULL;
 }
 
@@ -161,6 +161,7 @@ const char *gpu_side_free(gpuSide_t *side) {
   RANK_CUDA(cudaFree(old.tokenScales));
   RANK_CUDA(cudaFree(old.out));
   RANK_CUDA(cudaFree(old.sum));
+  RANK_CUDA(cudaEventDestroy(old.fed));
   return NULL;
 }
 
@@ -200,9 +201,9 @@ const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side) {
   return NULL;
 }
 
-/* What a rank's kernels wait for, while they do: its flags as it sees them itself and those that it has
- * raised as it sees them at its peers, its calls and what has come to the barrier of the kernel that runs. */
-static const char *side_print_waits(const gpuSide_t *side) {
+/* What a rank's kernels wait for, while they do: all ranks' flags as it sees them, its calls and what has
+ * come to the barrier of the kernel that runs. *hasBegun: any kernel of its group. */
+static const char *side_print_waits(const gpuSide_t *side, bool *hasBegun) {
   const ncclRank_t *self = nccl_rank(side->group);
   size_t nRanks = (size_t)self->nRanks, bytes = KERNEL_FLAG_KINDS * nRanks * sizeof(uint64_t);
   uint64_t flags[(size_t)KERNEL_FLAG_KINDS * GPU_WORLD_MAX_RANKS + 1];
@@ -213,6 +214,10 @@ static const char *side_print_waits(const gpuSide_t *side) {
   RANK_CUDA(cudaStreamCreateWithFlags(&look, cudaStreamNonBlocking));
   RANK_CUDA(cudaMemcpyAsync(&state, self->kernel.state, sizeof(state), cudaMemcpyDeviceToHost, look));
   RANK_CUDA(cudaStreamSynchronize(look));
+  const kernelLane_t *first = &state.lanes[KERNEL_LANE_EXCHANGE];
+  *hasBegun = first->calls > 0 || first->arrived[0] > 0 || first->left > 0;
+  n = (size_t)snprintf(text, sizeof(text), " its inputs are %sthere;",
+                       cudaEventQuery(side->fed) == cudaSuccess ? "" : "not ");
   for (int lane = 0; lane < KERNEL_LANES; lane++)
     n += (size_t)snprintf(text + n, sizeof(text) - n, " lane %d: %u calls, arrived %u and %u, left %u;", lane,
                           state.lanes[lane].calls, state.lanes[lane].arrived[0], state.lanes[lane].arrived[1],
@@ -238,13 +243,15 @@ static const char *side_print_waits(const gpuSide_t *side) {
   return NULL;
 }
 
-const char *gpu_side_sync(const gpuSide_t *side, cudaStream_t stream) {
-  double start = gpu_world_seconds();
+const char *gpu_side_sync(gpuWorld_t *world, const gpuSide_t *side, cudaStream_t stream) {
+  double start = gpu_world_seconds(), patience = 0.5e-3 * side->shape->config.timeoutMs;
   for (bool isSaid = false; cudaStreamQuery(stream) == cudaErrorNotReady;) {
+    bool hasBegun = true;
     gpu_world_sleep_ms(1);
-    if (isSaid || gpu_world_seconds() - start < 5 * GPU_PATIENCE) continue;
+    if (isSaid || gpu_world_seconds() - start < patience) continue;
     isSaid = true;
-    RANK_DO(side_print_waits(side));
+    RANK_DO(side_print_waits(side, &hasBegun));
+    if (!hasBegun) __atomic_store_n(&world->isStalled, true, __ATOMIC_RELAXED);
   }
   RANK_CUDA(cudaStreamSynchronize(stream));
   return NULL;
@@ -366,6 +373,7 @@ const char *gpu_device_run(const gpuSide_t *side, bool fused, cudaStream_t strea
 
 const char *gpu_device_enqueue(const gpuSide_t *side, gpuData_t *data, bool fused, cudaStream_t stream) {
   RANK_DO(gpu_device_inputs(side, data, stream));
+  RANK_CUDA(cudaEventRecord(side->fed, stream));
   RANK_DO(gpu_device_run(side, fused, stream));
   return gpu_device_outputs(side, data, stream);
 }

@@ -50,6 +50,7 @@ typedef struct {
   int32_t *topk;                          /* this and the rest: on the device alone */
   float *topkWeights;
   unsigned char *tokens, *tokenScales, *out, *sum;
+  cudaEvent_t fed; /* gpu_device_enqueue's inputs are there */
 } gpuSide_t;
 
 bool gpu_type_adds(int32_t dataType);
@@ -94,8 +95,11 @@ gpuShape_t gpu_shape_small(int nRanks);
  */
 const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side);
 
-/* Waits for the stream's end. Where that takes long, prints once what the side's kernels wait for. */
-const char *gpu_side_sync(const gpuSide_t *side, cudaStream_t stream);
+/* Waits for the end of what gpu_device_enqueue put there. Where that takes half the group's timeout, prints
+ * once what the side's kernels wait for, and marks the world where the first of them has not begun: of
+ * streams of one process on one device, which only may run side by side, CUDA has on H200s let one stand for
+ * seconds while kernels of others waited for its kernel, about once in several hundred exchanges. */
+const char *gpu_side_sync(gpuWorld_t *world, const gpuSide_t *side, cudaStream_t stream);
 
 /* Collective: a whole exchange on a new group of the communicator is right. */
 static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
@@ -112,7 +116,7 @@ static inline const char *gpu_check_usable(gpuWorld_t *world, int rank) {
   gpu_data_fill(&shape, GPU_LOADS_SKEW, &data, &random);
   RANK_DO(gpu_host_run(&host, &data));
   RANK_DO(gpu_device_enqueue(&device, &data, false, world->streams[rank]));
-  RANK_DO(gpu_side_sync(&device, world->streams[rank]));
+  RANK_DO(gpu_side_sync(world, &device, world->streams[rank]));
   RANK_OK(ultraepGroupStatus(device.group, NULL));
   RANK_DO(gpu_compare_segments(host.route, device.route, world->streams[rank]));
   RANK_DO(gpu_compare_data(&shape, &data));

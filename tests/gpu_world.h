@@ -22,7 +22,8 @@ typedef struct gpuWorld {
   pthread_mutex_t lock;
   pthread_cond_t changed;
   int nWaiting, generation;
-  bool isBroken; /* a rank complained: nobody meets any more in this run */
+  bool isBroken;  /* a rank complained: nobody meets any more in this run */
+  bool isStalled; /* the device did not begin a rank's kernel while others ran (gpu_side_sync) */
 } gpuWorld_t;
 
 /* One rank's part of a test; returns null, or what went wrong. */
