@@ -5,13 +5,15 @@
 namespace ultraep {
 
 constexpr int kPlanThreads = 512;
+constexpr size_t kPlanStatic = 2048; // shared memory that the kernel declares, at most
 
 __global__ void __launch_bounds__(kPlanThreads, 1)
-    planKernel(const kernelPlanner_t p, const int32_t *__restrict__ loads, kernelPlan_t plan) {
+    planKernel(const kernelPlanner_t p, const int32_t *__restrict__ loads, kernelPlan_t plan,
+               const PlanCopies copies) {
   __shared__ PlanShared shared;
   PlanArrays a;
   a.carve(p.nRanks, p.nExperts, p.nSlots);
-  planBlock(p, a, shared, loads);
+  planBlock(p, a, shared, loads, copies);
   for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
     plan.slotExpert[i] = a.slotExpert[i];
     plan.slotQuota[i] = a.slotQuota[i];
@@ -28,12 +30,19 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 
 int kernelPlanLaunch(const kernelPlanner_t *planner, const int32_t *loads, kernelPlan_t plan,
                      cudaStream_t stream) {
-  size_t bytes = ultraep::PlanArrays::bytes(planner->nRanks, planner->nExperts, planner->nSlots);
-  cudaError_t error = cudaFuncSetAttribute(ultraep::kernelAddress(ultraep::planKernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  using namespace ultraep;
+  size_t bytes = PlanArrays::bytes(planner->nRanks, planner->nExperts, planner->nSlots);
+  int device, limit;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
-  return ultraep::launchKernel(ultraep::planKernel, {1, ultraep::kPlanThreads, bytes, stream}, *planner,
-                               loads, plan);
+  PlanCopies copies(*planner, bytes, size_t(limit) - kPlanStatic, kPlanThreads / kWarp);
+  bytes = copies.end(bytes);
+  error = cudaFuncSetAttribute(kernelAddress(planKernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(bytes));
+  if (error != cudaSuccess) return error;
+  return launchKernel(planKernel, {1, kPlanThreads, bytes, stream}, *planner, loads, plan, copies);
 }
 
 int kernelsLoad(void) {

@@ -15,6 +15,7 @@ __device__ constexpr int64_t kSearchStepsPpm[] = {
 constexpr int kSearchSteps = sizeof(kSearchStepsPpm) / sizeof(kSearchStepsPpm[0]);
 constexpr int kSearchBetween = 8;
 constexpr int kSearchGateSteps = 16;
+constexpr uint64_t kCostUnknown = ~uint64_t(0);
 constexpr int kMaxDomainWarps = 32;
 
 // A fill as a function of its own: called from several places of a search, compiled once.
@@ -27,93 +28,166 @@ __device__ __forceinline__ void keepOutcome(Outcome *best, const Outcome &run) {
   if (run.most < best->most || (run.most == best->most && run.nReplicas < best->nReplicas)) *best = run;
 }
 
-// What search_domain of balancer/search.c does when the target is missed by the first fill, `last`.
-template <typename Fill>
-__device__ __noinline__ Outcome searchHigher(FillShape p, PlanArrays a, int first, Outcome last) {
-  Outcome best = last;
-  uint64_t before = 0;
-  for (int r = first + int(threadIdx.x) % kWarp; r < first + p.nDomainRanks; r += kWarp)
-    before = max(before, uint64_t(a.rankBefore[r]));
-  int64_t target = last.target, high = int64_t(warpMax(before)), missed = target;
-  for (int k = 1; k <= kSearchSteps && last.most > last.target; k++) {
-    int64_t next = high;
-    if (k < kSearchSteps)
-      next = min(high, target + target / 1000000 * kSearchStepsPpm[k] +
-                           target % 1000000 * kSearchStepsPpm[k] / 1000000);
-    if (next == last.target) continue;
-    missed = last.target;
-    last = runFill<Fill>(p, a, first, next);
-    keepOutcome(&best, last);
-  }
-  int64_t low = missed;
-  high = last.target;
-  for (int j = 1; j < kSearchBetween; j++) {
-    int64_t between = low + (high - low) * j / kSearchBetween;
-    if (between == low) continue;
-    last = runFill<Fill>(p, a, first, between);
-    keepOutcome(&best, last);
-    if (last.most <= between) break;
-  }
-  if (last.target != best.target) runFill<Fill>(p, a, first, best.target);
-  return best;
-}
-
 // What the warps of a block tell each other about a search over all domains.
 struct PlanShared {
   int64_t total, before, tolerated;
   int64_t meanBound; // with replicaRows the least target
   int64_t sums[kMaxDomainWarps][3];
-  Outcome domain[kMaxDomainWarps];
+  Outcome tried[kMaxDomainWarps]; // fills of one domain, one beside the other
   Outcome all;
-  unsigned long long cost;
+  kernelPlanner_t p; // here, not in registers that would live beside a fill's
+  PlanCopies copies;
+  unsigned long long costs[kSearchGateSteps];
 };
 
-// search_target of balancer/search.c: every domain by a warp; the block has the result in shared.all.
-template <typename Fill>
-__device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
-                                           int64_t target) {
-  int warp = threadIdx.x / kWarp, nWarps = min(int(blockDim.x / kWarp), kMaxDomainWarps);
-  Outcome mine = {0, target, 0};
-  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks, p.replicaRows};
-  if (warp < nWarps) {
-    for (int d = warp; d < p.nRanks / p.nDomainRanks; d += nWarps) {
-      Outcome run = runFill<Fill>(shape, a, d * p.nDomainRanks, target);
-      if (run.most > target && p.nSlots > 0 && p.nDomainRanks > 1)
-        run = searchHigher<Fill>(shape, a, d * p.nDomainRanks, run);
-      mine.most = max(mine.most, run.most);
-      mine.nReplicas += run.nReplicas;
-    }
-    if (threadIdx.x % kWarp == 0) shared.domain[warp] = mine;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    Outcome all = {0, target, 0};
-    for (int w = 0; w < nWarps; w++) {
-      all.most = max(all.most, shared.domain[w].most);
-      all.nReplicas += shared.domain[w].nReplicas;
-    }
-    shared.all = all;
+// Fills of one domain for n targets, at most one more than there are copies, each by a warp; the outcomes are
+// in shared.tried. The first writes the plan's own arrays. By the whole block.
+template <typename Fill, typename TargetOf>
+__device__ __forceinline__ void tryFills(FillShape shape, PlanArrays a, PlanShared &shared, int first, int n,
+                                         TargetOf targetOf) {
+  int warp = threadIdx.x / kWarp;
+  __syncthreads(); // what was tried before has been read
+  if (warp < n) {
+    if (warp > 0) a.moveFill(shared.copies.offset + uint32_t(warp - 1) * shared.copies.bytes);
+    Outcome run = runFill<Fill>(shape, a, first, targetOf(warp));
+    if (threadIdx.x % kWarp == 0) shared.tried[warp] = run;
   }
   __syncthreads();
 }
 
-// Expert copies over the busiest link; see balancer/search.c. By thread 0: the gate runs seldom and matrices
-// are small.
-__device__ inline int64_t planBusiestLink(const kernelPlanner_t &p, const PlanArrays &a) {
-  int32_t *sent = a.scratch, *sends = a.scratch + p.nExperts;
-  int perRank = p.perRank;
-  int64_t busiest = 0;
-  for (int i = 0; i < p.nExperts + p.nRanks; i++) a.scratch[i] = 0;
-  for (int r = 0; r < p.nRanks; r++) {
-    busiest = max(busiest, int64_t(a.slotCount[r]));
-    for (int s = 0; s < a.slotCount[r]; s++) {
-      int e = a.slotExpert[r * p.nSlots + s];
-      if (p.relayCopies && sent[e]) continue;
-      sent[e] = 1;
-      busiest = max(busiest, int64_t(++sends[e / perRank]));
+// What search_domain of balancer/search.c does when the target is missed by the first fill, `last`: the same
+// targets in the same order, but as many at a time as there are copies, so that some are filled for nothing.
+// By the whole block.
+template <typename Fill>
+__device__ __noinline__ Outcome searchHigher(FillShape p, PlanArrays a, PlanShared &shared, int first,
+                                             Outcome last) {
+  Outcome best = last;
+  uint64_t before = 0;
+  for (int r = first + int(threadIdx.x) % kWarp; r < first + p.nDomainRanks; r += kWarp)
+    before = max(before, uint64_t(a.rankBefore[r]));
+  int64_t target = last.target, high = int64_t(warpMax(before)), missed = target;
+  int width = shared.copies.n + 1;
+  for (int k = 1; k <= kSearchSteps && last.most > last.target; k += width) {
+    int n = min(width, kSearchSteps + 1 - k);
+    tryFills<Fill>(p, a, shared, first, n, [&](int i) {
+      if (k + i == kSearchSteps) return high;
+      return min(high, target + target / 1000000 * kSearchStepsPpm[k + i] +
+                           target % 1000000 * kSearchStepsPpm[k + i] / 1000000);
+    });
+    for (int i = 0; i < n && last.most > last.target; i++) {
+      Outcome run = shared.tried[i];
+      if (run.target == last.target) continue;
+      missed = last.target;
+      last = run;
+      keepOutcome(&best, last);
     }
   }
-  return busiest;
+  int64_t low = missed;
+  high = last.target;
+  bool isReached = false;
+  for (int j = 1; j < kSearchBetween && !isReached; j += width) {
+    int n = min(width, kSearchBetween - j);
+    tryFills<Fill>(p, a, shared, first, n,
+                   [&](int i) { return low + (high - low) * (j + i) / kSearchBetween; });
+    for (int i = 0; i < n && !isReached; i++) {
+      Outcome run = shared.tried[i];
+      if (run.target == low) continue;
+      keepOutcome(&best, run);
+      isReached = run.most <= run.target;
+    }
+  }
+  tryFills<Fill>(p, a, shared, first, 1, [&](int) { return best.target; });
+  return best;
+}
+
+// What a domain's fill has come to, in every warp.
+__device__ __forceinline__ Outcome planOutcome(const kernelPlanner_t &p, const PlanArrays &a, int first,
+                                               int64_t target) {
+  uint64_t most = 0;
+  int nReplicas = 0;
+  for (int r = first + int(threadIdx.x) % kWarp; r < first + p.nDomainRanks; r += kWarp) {
+    most = max(most, uint64_t(a.rankLoad[r]));
+    nReplicas += a.slotCount[r];
+  }
+  return {int64_t(warpMax(most)), target, int32_t(__reduce_add_sync(kFullWarp, nReplicas))};
+}
+
+// search_target of balancer/search.c: the first fill of every domain by a warp, then, one domain after the
+// other, what is left to search; the block has the result in shared.all.
+template <typename Fill>
+__device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
+                                           int64_t target) {
+  int nWarps = blockDim.x / kWarp;
+  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks, p.replicaRows};
+  for (int first = int(threadIdx.x / kWarp) * p.nDomainRanks; first < p.nRanks;
+       first += nWarps * p.nDomainRanks) {
+    Outcome run = runFill<Fill>(shape, a, first, target);
+    if (threadIdx.x == 0) shared.tried[0] = run;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) shared.all = {0, target, 0};
+  for (int first = 0; first < p.nRanks; first += p.nDomainRanks) {
+    Outcome run = p.nDomainRanks == p.nRanks ? shared.tried[0] : planOutcome(p, a, first, target);
+    if (run.most > target && p.nSlots > 0 && p.nDomainRanks > 1)
+      run = searchHigher<Fill>(shape, a, shared, first, run);
+    if (threadIdx.x == 0) {
+      shared.all.most = max(shared.all.most, run.most);
+      shared.all.nReplicas += run.nReplicas;
+    }
+  }
+  __syncthreads();
+}
+
+// Expert copies over the busiest link, of what a warp has just filled; see balancer/search.c. By one warp. An
+// expert that has replicas has given rows away.
+__device__ inline int64_t planBusiestLink(const kernelPlanner_t &p, const PlanArrays &a) {
+  int lane = threadIdx.x % kWarp, busiest = 0;
+  int32_t *sends = a.kind; // not needed after a fill
+  for (int r = lane; r < p.nRanks; r += kWarp) sends[r] = 0;
+  __syncwarp();
+  if (p.relayCopies) {
+    for (int e = lane; e < p.nExperts; e += kWarp)
+      if (a.rem[e] != a.expertLoad[e]) atomicAdd(&sends[e / p.perRank], 1);
+  } else {
+    for (int i = lane; i < p.nRanks * p.nSlots; i += kWarp)
+      if (i % p.nSlots < a.slotCount[i / p.nSlots]) atomicAdd(&sends[a.slotExpert[i] / p.perRank], 1);
+  }
+  __syncwarp();
+  for (int r = lane; r < p.nRanks; r += kWarp) busiest = max(busiest, max(sends[r], a.slotCount[r]));
+  return __reduce_max_sync(kFullWarp, busiest);
+}
+
+// search_cost of balancer/search.c, by one warp.
+__device__ inline uint64_t planCost(const kernelPlanner_t &p, const PlanArrays &a, Outcome run) {
+  uint64_t cost = uint64_t(run.most) * p.rowPs;
+  if (run.nReplicas > 0) cost += uint64_t(planBusiestLink(p, a)) * p.copyPs;
+  return cost;
+}
+
+// The gate's k-th target.
+__device__ __forceinline__ int64_t planGateTarget(const PlanShared &shared, int64_t lowest, int k) {
+  return lowest + (shared.before - lowest) * k / kSearchGateSteps;
+}
+
+// What the gate's targets cost, in shared.costs: as many at a time as there are copies, each filled by a
+// warp. kCostUnknown where that does not do, since the target is missed or there are several domains.
+template <typename Fill> __device__ __noinline__ void planGate(PlanShared &shared, int64_t lowest) {
+  const kernelPlanner_t &p = shared.p;
+  PlanArrays a;
+  a.carve(p.nRanks, p.nExperts, p.nSlots);
+  int warp = threadIdx.x / kWarp, width = p.nDomainRanks == p.nRanks ? shared.copies.n + 1 : 0;
+  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks, p.replicaRows};
+  if (threadIdx.x < kSearchGateSteps) shared.costs[threadIdx.x] = kCostUnknown;
+  if (warp > 0) a.moveFill(shared.copies.offset + uint32_t(warp - 1) * shared.copies.bytes);
+  __syncthreads();
+  for (int k = warp; warp < width && k < kSearchGateSteps; k += width) {
+    Outcome run = runFill<Fill>(shape, a, 0, planGateTarget(shared, lowest, k));
+    if (run.most > run.target) continue;
+    __syncwarp();
+    uint64_t cost = planCost(p, a, run);
+    if (threadIdx.x % kWarp == 0) shared.costs[k] = cost;
+  }
+  __syncthreads();
 }
 
 // search_tolerated of balancer/search.c.
@@ -124,32 +198,35 @@ __device__ inline int64_t planTolerated(const kernelPlanner_t &p, int64_t total)
 }
 
 // planner_search of balancer/search.c: the gate's targets, if any, then the best one. A function of its own,
-// by value and with its own view of the arrays, so that a route's registers need not live beside a fill's.
-template <typename Fill> __device__ __noinline__ void planSearch(kernelPlanner_t p, PlanShared &shared) {
+// with its own view of the arrays, so that a route's registers need not live beside a fill's.
+template <typename Fill> __device__ __noinline__ void planSearch(PlanShared &shared) {
+  const kernelPlanner_t &p = shared.p;
   PlanArrays a;
   a.carve(p.nRanks, p.nExperts, p.nSlots);
-  int64_t lowest = max(shared.tolerated, shared.meanBound), before = shared.before, bestTarget = lowest;
-  uint64_t bestCost = 0;
-  int steps = 0;
-  if (p.copyPs != 0) {
-    bestTarget = max(before, lowest);
-    bestCost = uint64_t(before) * p.rowPs;
-    if (uint64_t(lowest) * p.rowPs + p.copyPs < bestCost) steps = kSearchGateSteps;
-  }
+  int64_t lowest = max(shared.tolerated, shared.meanBound);
+  uint64_t none = uint64_t(shared.before) * p.rowPs; // no replica at all
+  bool isGated = p.copyPs != 0, isTried = isGated && uint64_t(lowest) * p.rowPs + p.copyPs < none;
+  if (isTried) planGate<Fill>(shared, lowest);
 #pragma unroll 1
-  for (int k = 0;; k++) {
-    int64_t target = k < steps ? lowest + (before - lowest) * k / kSearchGateSteps : bestTarget;
-    planTarget<Fill>(p, a, shared, target);
-    if (k >= steps) return;
-    if (threadIdx.x == 0) {
-      uint64_t cost = uint64_t(shared.all.most) * p.rowPs;
-      if (shared.all.nReplicas > 0) cost += uint64_t(planBusiestLink(p, a)) * p.copyPs;
-      shared.cost = cost;
+  for (int k = isTried ? 0 : kSearchGateSteps;; k++) {
+    int64_t target = lowest;
+    if (k < kSearchGateSteps) {
+      if (shared.costs[k] != kCostUnknown) continue;
+      target = planGateTarget(shared, lowest, k);
+    } else if (isGated) {
+      target = max(shared.before, lowest);
+      uint64_t least = none;
+      for (int i = 0; isTried && i < kSearchGateSteps; i++) {
+        if (shared.costs[i] >= least) continue;
+        least = shared.costs[i];
+        target = planGateTarget(shared, lowest, i);
+      }
     }
-    __syncthreads();
-    if (shared.cost < bestCost) {
-      bestCost = shared.cost;
-      bestTarget = target;
+    planTarget<Fill>(p, a, shared, target);
+    if (k >= kSearchGateSteps) return;
+    if (threadIdx.x < kWarp) {
+      uint64_t cost = planCost(p, a, shared.all);
+      if (threadIdx.x == 0) shared.costs[k] = cost;
     }
     __syncthreads();
   }
@@ -326,7 +403,11 @@ __device__ inline void planNothing(const kernelPlanner_t &p, const PlanArrays &a
 // The whole plan by one block: afterwards a.slotExpert (ascending on each rank), a.slotQuota, a.slotCount,
 // a.rem (the masters' quotas), a.rankLoad and shared.all are set.
 __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
-                                 const int32_t *loads) {
+                                 const int32_t *loads, PlanCopies copies) {
+  if (threadIdx.x == 0) {
+    shared.p = p;
+    shared.copies = copies;
+  }
   planSumLoads(p, a, shared, loads);
   if (p.replicaRows > 0) planRaiseBound(p, shared);
   if (p.nSlots == 0 || shared.before <= max(shared.tolerated, shared.meanBound)) {
@@ -336,13 +417,13 @@ __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, 
   // Where replicas count rows a plan takes several fills, so it is the slower one anyway.
   bool isPacked = shared.total < kPackedTotal && p.replicaRows == 0;
   if (isPacked && p.nDomainRanks <= kWarp)
-    planSearch<PackedFill<1>>(p, shared);
+    planSearch<PackedFill<1>>(shared);
   else if (isPacked && p.nDomainRanks <= 2 * kWarp)
-    planSearch<PackedFill<2>>(p, shared);
+    planSearch<PackedFill<2>>(shared);
   else if (shared.total <= 0x7fffffff)
-    planSearch<WarpFill<uint32_t>>(p, shared);
+    planSearch<WarpFill<uint32_t>>(shared);
   else
-    planSearch<WarpFill<uint64_t>>(p, shared);
+    planSearch<WarpFill<uint64_t>>(shared);
   if (p.replicaRows > 0) planCountRows(p, shared);
   for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
     int32_t *expert = a.slotExpert + int64_t(r) * p.nSlots;

@@ -8,6 +8,8 @@
 #include "ptx.cuh"
 #include "warp.cuh"
 
+#include <algorithm>
+
 namespace ultraep {
 
 // All shared memory of a kernel that plans; the arrays lie in it at offsets, so that the compiler knows what
@@ -19,36 +21,70 @@ template <typename T> struct SharedArray {
   __device__ __forceinline__ operator T *() const { return reinterpret_cast<T *>(planMemory + at); }
 };
 
-// Working arrays of one plan.
+// Working arrays of one plan. Those that a fill writes lie together: a search that tries several fills at
+// once has copies of them behind everything else.
 struct PlanArrays {
   SharedArray<int64_t> expertLoad; // [E]
-  SharedArray<int64_t> rem;        // [E] what masters keep during a fill; afterwards their quotas
   SharedArray<int64_t> rankBefore; // [R]
+  SharedArray<int64_t> rem;        // [E] what masters keep during a fill; afterwards their quotas
   SharedArray<int64_t> rankLoad;   // [R] during a search with replicaRows for every replica
   SharedArray<int64_t> largest;    // [R] largest rem of a heavy rank
   SharedArray<int64_t> slotQuota;  // [R*S]
   SharedArray<int32_t> slotExpert; // [R*S]
   SharedArray<int32_t> slotCount;  // [R]
   SharedArray<int32_t> kind;       // [R] Kind, during a fill
-  SharedArray<int32_t> scratch;    // [E + R] for the cost gate
 
+  // What a fill writes, a multiple of 16.
+  __host__ __device__ static size_t fillBytes(int64_t nRanks, int64_t nExperts, int64_t nSlots) {
+    return (size_t(8 * (nExperts + 2 * nRanks + nRanks * nSlots) + 4 * (nRanks * nSlots + 2 * nRanks)) + 15) /
+           16 * 16;
+  }
+  __host__ __device__ static size_t inputBytes(int64_t nRanks, int64_t nExperts) {
+    return (size_t(8 * (nExperts + nRanks)) + 15) / 16 * 16;
+  }
   __host__ __device__ static size_t bytes(int64_t nRanks, int64_t nExperts, int64_t nSlots) {
-    return size_t(8 * (2 * nExperts + 3 * nRanks + nRanks * nSlots) +
-                  4 * (nRanks * nSlots + 3 * nRanks + nExperts)) +
-           16;
+    return inputBytes(nRanks, nExperts) + fillBytes(nRanks, nExperts, nSlots);
+  }
+  // Lets a fill write so many bytes further on.
+  __device__ void moveFill(uint32_t bytes) {
+    rem.at += bytes;
+    rankLoad.at += bytes;
+    largest.at += bytes;
+    slotQuota.at += bytes;
+    slotExpert.at += bytes;
+    slotCount.at += bytes;
+    kind.at += bytes;
   }
   __device__ void carve(uint32_t nRanks, uint32_t nExperts, uint32_t nSlots) {
     expertLoad.at = 0;
-    rem.at = expertLoad.at + 8 * nExperts;
-    rankBefore.at = rem.at + 8 * nExperts;
-    rankLoad.at = rankBefore.at + 8 * nRanks;
+    rankBefore.at = expertLoad.at + 8 * nExperts;
+    rem.at = uint32_t(inputBytes(nRanks, nExperts));
+    rankLoad.at = rem.at + 8 * nExperts;
     largest.at = rankLoad.at + 8 * nRanks;
     slotQuota.at = largest.at + 8 * nRanks;
     slotExpert.at = slotQuota.at + 8 * nRanks * nSlots;
     slotCount.at = slotExpert.at + 4 * nRanks * nSlots;
     kind.at = slotCount.at + 4 * nRanks;
-    scratch.at = kind.at + 4 * nRanks;
   }
+};
+
+// Copies of what a fill writes, for fills that are tried at once, behind all else in shared memory.
+struct PlanCopies {
+  int n = 0;
+  uint32_t offset = 0; // of the first from the plan's own arrays
+  uint32_t bytes = 0;  // of each
+
+  PlanCopies() = default;
+  // Behind `used` bytes as many as the limit has room for, of at most the warps but one.
+  __host__ PlanCopies(const kernelPlanner_t &p, size_t used, size_t limit, size_t nWarps) {
+    size_t each = PlanArrays::fillBytes(p.nRanks, p.nExperts, p.nSlots), at = (used + 15) / 16 * 16;
+    if (p.nSlots == 0 || p.nDomainRanks == 1 || at > limit) return;
+    n = int(std::min((limit - at) / each, nWarps - 1));
+    offset = uint32_t(at - PlanArrays::inputBytes(p.nRanks, p.nExperts));
+    bytes = uint32_t(each);
+  }
+  // Shared memory with them.
+  __host__ size_t end(size_t used) const { return n == 0 ? used : (used + 15) / 16 * 16 + size_t(n) * bytes; }
 };
 
 // Addresses within shared memory.

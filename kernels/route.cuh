@@ -34,6 +34,7 @@ struct Piece {
 struct RouteShape {
   int nWarps; // that count and place
   bool stage; // the load matrix is copied to shared memory
+  PlanCopies copies;
 };
 
 struct RouteShared {
@@ -50,7 +51,7 @@ struct RouteShared {
     return PlanArrays::bytes(nRanks, nExperts, nSlots) + 4 * size_t(2 * nExperts + nRanks * nSlots) +
            sizeof(Piece) * size_t(nExperts + 2 * nRanks * nSlots) + 16;
   }
-  __device__ void carve(int64_t nRanks, int64_t nExperts, int64_t nSlots, int warps, bool stage) {
+  __device__ void carve(int64_t nRanks, int64_t nExperts, int64_t nSlots, RouteShape shape) {
     plan.carve(nRanks, nExperts, nSlots);
     masterRow = reinterpret_cast<int32_t *>(planMemory +
                                             (PlanArrays::bytes(nRanks, nExperts, nSlots) + 15) / 16 * 16);
@@ -58,9 +59,9 @@ struct RouteShared {
     firstPiece = slotRow + nRanks * nSlots;
     pieces = reinterpret_cast<Piece *>(firstPiece + nExperts);
     counts = reinterpret_cast<uint32_t *>(pieces + nExperts + 2 * nRanks * nSlots);
-    nWarps = warps;
-    auto end = reinterpret_cast<uintptr_t>(counts + warps * nExperts);
-    staged = stage ? reinterpret_cast<int32_t *>((end + 15) / 16 * 16) : nullptr;
+    nWarps = shape.nWarps;
+    auto end = reinterpret_cast<uintptr_t>(counts + nWarps * nExperts);
+    staged = shape.stage ? reinterpret_cast<int32_t *>((end + 15) / 16 * 16) : nullptr;
   }
 };
 
@@ -411,7 +412,7 @@ __device__ inline RouteOutcome routeRun(const kernelGroup_t &g, const kernelRout
                                         uint32_t call) {
   const kernelPlanner_t &p = g.planner;
   RouteShared s;
-  s.carve(p.nRanks, p.nExperts, p.nSlots, shape.nWarps, shape.stage);
+  s.carve(p.nRanks, p.nExperts, p.nSlots, shape);
   RouteOutcome out = {true, {kSuccess, 0, -1, 0, 0}};
   int other = -1, bad = -1;
   int64_t needed = 0;
@@ -429,7 +430,7 @@ __device__ inline RouteOutcome routeRun(const kernelGroup_t &g, const kernelRout
     bool mine = *reinterpret_cast<volatile uint32_t *>(&g.state->badEntry) != 0;
     out.status = {mine ? kInvalidArgument : kRemoteError, 0, bad, 0, 0};
   } else {
-    planBlock(p, s.plan, shared, loads);
+    planBlock(p, s.plan, shared, loads, shape.copies);
     int overfull = routeSegments(g, s, &needed);
     if (overfull >= 0) out.status = {kCapacityExceeded, 0, overfull, 0, needed};
   }
@@ -452,7 +453,8 @@ __device__ inline void routeConclude(const kernelGroup_t &g, const kernelRoute_t
   resetLane(g, call);
 }
 
-// As many counting warps as shared memory holds; a block for every few tokens, up to the group's limit.
+// As many counting warps as shared memory holds, then the load matrix and copies for fills where they fit; a
+// block for every few tokens, up to the group's limit.
 inline RouteShape routeShape(const kernelGroup_t &g, int nTokens, int *nBlocks, size_t *bytes) {
   const kernelPlanner_t &p = g.planner;
   size_t limit = size_t(g.sharedBytes) - kStaticShared, perWarp = sizeof(uint32_t) * p.nExperts,
@@ -464,7 +466,9 @@ inline RouteShape routeShape(const kernelGroup_t &g, int nTokens, int *nBlocks, 
   size_t matrix = sizeof(int32_t) * p.nRanks * p.nExperts + 16;
   bool stage = *bytes + matrix <= limit;
   if (stage) *bytes += matrix;
-  return {nWarps, stage};
+  PlanCopies copies(p, *bytes, limit, kRouteWarps);
+  *bytes = copies.end(*bytes);
+  return {nWarps, stage, copies};
 }
 
 } // namespace ultraep

@@ -164,36 +164,69 @@ static double time_plans(const device_t *device) {
   return 1e3 * (double)ms[ROUNDS / 2] / PLANS;
 }
 
-static void check_zipf(double ratio, double tolerance, int32_t replicaRows) {
-  enum { RANKS = 64, EXPERTS = 256, TOPK = 8, TOKENS = 8192 };
-  ultraepPlannerConfig_t config = {.nRanks = RANKS,
-                                   .nExperts = EXPERTS,
-                                   .nSlots = 2,
-                                   .tolerancePpm = (uint32_t)(tolerance * 1e6 + 0.5),
-                                   .replicaRows = replicaRows};
-  static int32_t loads[RANKS * EXPERTS];
+/* Plans the loads, and says under what name. */
+static void check_timed(const ultraepPlannerConfig_t *config, const int32_t *loads, const char *what) {
   size_t bytes = 0;
-  zipf_t *zipf = NULL;
-  perfError_t error;
   ultraepPlan_t plan;
-  assert_int_equal(zipfCreate(&zipf, RANKS, EXPERTS, TOPK, ratio, &error), 0);
-  zipfLoads(zipf, 1, 0, TOKENS, loads);
-  zipfDestroy(zipf);
-  assert_int_equal(ultraepPlannerWorkspaceSize(&config, &bytes), ultraepSuccess);
+  assert_int_equal(ultraepPlannerWorkspaceSize(config, &bytes), ultraepSuccess);
   void *workspace = aligned_alloc(64, (bytes + 63) / 64 * 64);
   assert_non_null(workspace);
-  assert_int_equal(ultraepPlannerRun(&config, loads, workspace, bytes, &plan), ultraepSuccess);
-  device_t device = device_make(&config, loads);
+  assert_int_equal(ultraepPlannerRun(config, loads, workspace, bytes, &plan), ultraepSuccess);
+  device_t device = device_make(config, loads);
   bool isTimed = nCases >= ENOUGH_CASES;
   double us = isTimed ? time_plans(&device) : 0;
   if (!isTimed) GPU_OK((cudaError_t)kernelPlanLaunch(&device.planner, device.loads, device.plan, NULL));
-  check_plan(&device, &plan, "zipf", (int)ratio);
+  check_plan(&device, &plan, what, 0);
   if (isTimed)
-    print_message("%d ranks, %d experts, 2 slots, zipf %.1f, tolerance %g, replica rows %d: %.2f us a plan, "
-                  "%d replicas\n",
-                  RANKS, EXPERTS, ratio, tolerance, replicaRows, us, plan.nReplicas);
+    print_message("%d ranks, %d experts, %d slots, %s, tolerance %g, replica rows %d%s: %.2f us a plan, %d "
+                  "replicas, imbalance %.4f\n",
+                  config->nRanks, config->nExperts, config->nSlots, what, config->tolerancePpm * 1e-6,
+                  config->replicaRows, config->copyPs ? ", gate" : "", us, plan.nReplicas,
+                  (double)plan.maxPlanned * plan.nRanks / (double)plan.total);
   device_free(&device);
   free(workspace);
+}
+
+static void check_zipf(double ratio, double tolerance, int32_t replicaRows) {
+  enum { RANKS = 64, EXPERTS = 256, TOPK = 8, TOKENS = 8192 };
+  const ultraepPlannerConfig_t config = {.nRanks = RANKS,
+                                         .nExperts = EXPERTS,
+                                         .nSlots = 2,
+                                         .tolerancePpm = (uint32_t)(tolerance * 1e6 + 0.5),
+                                         .replicaRows = replicaRows};
+  static int32_t loads[RANKS * EXPERTS];
+  zipf_t *zipf = NULL;
+  perfError_t error;
+  char what[32];
+  assert_int_equal(zipfCreate(&zipf, RANKS, EXPERTS, TOPK, ratio, &error), 0);
+  zipfLoads(zipf, 1, 0, TOKENS, loads);
+  zipfDestroy(zipf);
+  snprintf(what, sizeof(what), "zipf %.1f", ratio);
+  check_timed(&config, loads, what);
+}
+
+/* Loads of trained models have many experts with somewhat more than their share and none with nearly all:
+ * slots run out, and the target is searched for. */
+static void check_uneven(int32_t nRanks, int32_t nSlots, int32_t replicaRows, bool gate) {
+  enum { MOST_RANKS = 64, EXPERTS = 256 };
+  const ultraepPlannerConfig_t config = {.nRanks = nRanks,
+                                         .nExperts = EXPERTS,
+                                         .nSlots = nSlots,
+                                         .replicaRows = replicaRows,
+                                         .rowPs = gate ? 30000 : 0,
+                                         .copyPs = gate ? 10000000 : 0};
+  static int32_t loads[MOST_RANKS * EXPERTS];
+  planner_random_t random = {7};
+  int weights[EXPERTS];
+  for (int e = 0; e < EXPERTS; e++) {
+    double u = planner_random_below(&random, 1000) / 1000.0;
+    weights[e] = 8 + (int)(1000 * u * u * u * u);
+  }
+  /* As on ranks whose experts have come to like the same tokens. */
+  for (int e = 0; e < EXPERTS / 8; e++) weights[e] *= 3;
+  for (int i = 0; i < nRanks * EXPERTS; i++)
+    loads[i] = planner_random_below(&random, weights[i % EXPERTS] * 8 / nRanks + 2);
+  check_timed(&config, loads, "uneven");
 }
 
 static void test_zipf(void **state) {
@@ -204,10 +237,20 @@ static void test_zipf(void **state) {
   for (size_t i = 0; i < sizeof(ratios) / sizeof(ratios[0]); i++) check_zipf(ratios[i], 0, 600);
 }
 
+static void test_uneven(void **state) {
+  (void)state;
+  for (int nRanks = 8; nRanks <= 64; nRanks *= 8)
+    for (int nSlots = 1; nSlots <= 4; nSlots *= 2) {
+      check_uneven(nRanks, nSlots, 0, false);
+      check_uneven(nRanks, nSlots, 20, false);
+      check_uneven(nRanks, nSlots, 0, true);
+    }
+}
+
 /* Optional argument: small random problems (fewer under a checker, and then nothing is timed). */
 int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_small), cmocka_unit_test(test_large),
-                                     cmocka_unit_test(test_zipf)};
+                                     cmocka_unit_test(test_zipf), cmocka_unit_test(test_uneven)};
   GPU_REQUIRE();
   if (argc > 1) nCases = atoi(argv[1]);
   return cmocka_run_group_tests_name("gpu_planner", tests, NULL, NULL);
