@@ -37,11 +37,10 @@ static const char moeDoc[] =
     "those of the rank that took least, since the others wait there for the slowest. All are medians of the "
     "iterations. tokens/s: tokens of all ranks over total. ideal: the ideal's total over this one's, in per "
     "cent; speed-up: the unbalanced total over this one's.\n\n"
-    "The ideal run has as many tokens and assignments on every rank; --ideal even: dealt so that all experts "
-    "get "
-    "the same; --ideal random: every token draws its experts, as frameworks do that force a balance, so that "
-    "loads differ by chance. Like the unbalanced run it has no replicas, and no time for weights and "
-    "gradients. "
+    "The ideal run has as many tokens and assignments on every rank; --ideal random: "
+    "every token draws its experts, as with Megatron-LM's --moe-router-force-load-balancing, so that loads "
+    "differ by chance; --ideal even: dealt so that all experts get the same. Like the unbalanced run it has "
+    "no replicas, and no time for weights and gradients. "
     "GB: memory in use by "
     "all ranks, GPUs: communicators included. J/1000: joules of the GPUs for 1000 tokens, where NVML counts "
     "them.\n\n"
@@ -87,7 +86,7 @@ static const struct argp_option moeOptionTable[] = {
     {"inter", KEY_INTER, "N", 0, "Elements between an expert's two matrices (2048; -B host: 128)", 2},
     {"layers", KEY_LAYERS, "N", 0, "Layers one after another (1)", 2},
     {"ideal", KEY_IDEAL, "even|random", 0,
-     "Experts of the ideal run: dealt evenly, or drawn by each token (even)", 2},
+     "Experts of the ideal run: dealt evenly, or drawn by each token (random)", 2},
     {"gate", KEY_GATE, "0|1", 0, "Leave out replicas that cost more than they save (0)", 3},
     {"link-gbps", KEY_LINK, "GB/S", 0, "Rate of a rank's link, for the cost gate (measured on GPUs)", 3},
     {"expert-us", KEY_EXPERT, "US", 0,
@@ -185,7 +184,8 @@ static error_t moe_option_parse(int key, char *text, struct argp_state *state) {
 
 void moeOptionsParse(moeOptions_t *options, int argc, char **argv) {
   static const struct argp parser = {moeOptionTable, moe_option_parse, NULL, moeDoc, NULL, NULL, NULL};
-  *options = (moeOptions_t){.bench = benchOptionsDefault(), .nLayers = 1, .nStreams = 1};
+  *options = (moeOptions_t){
+      .bench = benchOptionsDefault(), .nLayers = 1, .nStreams = 1, .ideal = WORKLOAD_IDEAL_RANDOM};
   options->bench.hidden = 0;
   options->bench.iters = 0;
   options->bench.warmupIters = 2;
