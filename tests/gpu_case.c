@@ -201,45 +201,41 @@ const char *gpu_check_mappings(gpuWorld_t *world, const gpuSide_t *side) {
   return NULL;
 }
 
+/* The flags, and the failure mark, that are raised in a window. */
+static void print_flags(const char *what, int rank, int nRanks, const uint64_t *flags) {
+  printf("  %s %d:", what, rank);
+  for (int kind = 0; kind < KERNEL_FLAG_KINDS; kind++)
+    for (int r = 0; r < nRanks; r++, flags++)
+      if (*flags != 0) printf(" %d/%d=%llx", kind, r, (unsigned long long)*flags);
+  printf("%s%llx\n", *flags ? " mark " : " ", (unsigned long long)*flags);
+}
+
 /* What a rank's kernels wait for, while they do: all ranks' flags as it sees them, its calls and what has
  * come to the barrier of the kernel that runs. *hasBegun: any kernel of its group. */
 static const char *side_print_waits(const gpuSide_t *side, bool *hasBegun) {
   const ncclRank_t *self = nccl_rank(side->group);
-  size_t nRanks = (size_t)self->nRanks, bytes = KERNEL_FLAG_KINDS * nRanks * sizeof(uint64_t);
-  uint64_t flags[(size_t)KERNEL_FLAG_KINDS * GPU_WORLD_MAX_RANKS + 1];
+  int nRanks = self->nRanks;
+  uint64_t flags[GPU_WORLD_MAX_RANKS + 1][KERNEL_FLAG_KINDS * GPU_WORLD_MAX_RANKS + 1];
+  size_t bytes = (KERNEL_FLAG_KINDS * (size_t)nRanks + 1) * sizeof(uint64_t);
   kernelState_t state;
   cudaStream_t look;
-  char text[4096];
-  size_t n = 0;
   RANK_CUDA(cudaStreamCreateWithFlags(&look, cudaStreamNonBlocking));
   RANK_CUDA(cudaMemcpyAsync(&state, self->kernel.state, sizeof(state), cudaMemcpyDeviceToHost, look));
+  RANK_CUDA(cudaMemcpyAsync(flags[nRanks], self->window.base, bytes, cudaMemcpyDeviceToHost, look));
+  for (int r = 0; r < nRanks; r++)
+    RANK_CUDA(cudaMemcpyAsync(flags[r], self->window.peers[r], bytes, cudaMemcpyDeviceToHost, look));
   RANK_CUDA(cudaStreamSynchronize(look));
-  const kernelLane_t *first = &state.lanes[KERNEL_LANE_EXCHANGE];
-  *hasBegun = first->calls > 0 || first->arrived[0] > 0 || first->left > 0;
-  n = (size_t)snprintf(text, sizeof(text), " its inputs are %sthere;",
-                       cudaEventQuery(side->fed) == cudaSuccess ? "" : "not ");
-  for (int lane = 0; lane < KERNEL_LANES; lane++)
-    n += (size_t)snprintf(text + n, sizeof(text) - n, " lane %d: %u calls, arrived %u and %u, left %u;", lane,
-                          state.lanes[lane].calls, state.lanes[lane].arrived[0], state.lanes[lane].arrived[1],
-                          state.lanes[lane].left);
-  n += (size_t)snprintf(text + n, sizeof(text) - n, " failed %d, windows at", state.failed);
-  for (int r = 0; r < self->nRanks; r++)
-    n += (size_t)snprintf(text + n, sizeof(text) - n, " %p", (void *)self->window.peers[r]);
-  for (int r = -1; r < self->nRanks; r++) {
-    const void *window = r < 0 ? self->window.base : self->window.peers[r];
-    RANK_CUDA(cudaMemcpyAsync(flags, window, bytes + sizeof(uint64_t), cudaMemcpyDeviceToHost, look));
-    RANK_CUDA(cudaStreamSynchronize(look));
-    n +=
-        (size_t)snprintf(text + n, sizeof(text) - n, "\n  %s %d at %p:", r < 0 ? "own, rank" : "seen at rank",
-                         r < 0 ? self->rank : r, window);
-    for (size_t i = 0; i < bytes / sizeof(uint64_t) + 1 && n + 64 < sizeof(text); i++)
-      if (flags[i] != 0)
-        n += (size_t)snprintf(text + n, sizeof(text) - n, " %zu/%zu=%llx", i / nRanks, i % nRanks,
-                              (unsigned long long)flags[i]);
-  }
   RANK_CUDA(cudaStreamDestroy(look));
-  printf("rank %d still waits:%s\n", self->rank, text);
-  fflush(stdout);
+  const kernelLane_t *lane = &state.lanes[KERNEL_LANE_EXCHANGE];
+  *hasBegun = lane->calls > 0 || lane->arrived[0] > 0 || lane->left > 0;
+  flockfile(stdout); /* ranks do this at the same time */
+  printf("rank %d still waits: inputs %s, %u calls, arrived %u and %u, left %u, failed %d\n", self->rank,
+         cudaEventQuery(side->fed) == cudaSuccess ? "there" : "not there", lane->calls, lane->arrived[0],
+         lane->arrived[1], lane->left, state.failed);
+  print_flags("own window, rank", self->rank, nRanks, flags[nRanks]);
+  for (int r = 0; r < nRanks; r++) print_flags("as seen at rank", r, nRanks, flags[r]);
+  (void)fflush(stdout);
+  funlockfile(stdout);
   return NULL;
 }
 
