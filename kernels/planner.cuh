@@ -43,13 +43,12 @@ struct PlanShared {
 // Fills of one domain for n targets, at most one more than there are copies, each by a warp; the outcomes are
 // in shared.tried. The first writes the plan's own arrays. By the whole block.
 template <typename Fill, typename TargetOf>
-__device__ __forceinline__ void tryFills(FillShape shape, PlanArrays a, PlanShared &shared, int first, int n,
-                                         TargetOf targetOf) {
+__device__ __forceinline__ void tryFills(FillShape shape, const PlanArrays &a, PlanShared &shared, int first,
+                                         int n, TargetOf targetOf) {
   int warp = threadIdx.x / kWarp;
   __syncthreads(); // what was tried before has been read
   if (warp < n) {
-    if (warp > 0) a.moveFill(shared.copies.offset + uint32_t(warp - 1) * shared.copies.bytes);
-    Outcome run = runFill<Fill>(shape, a, first, targetOf(warp));
+    Outcome run = runFill<Fill>(shape, shared.copies.arraysOf(warp, a), first, targetOf(warp));
     if (threadIdx.x % kWarp == 0) shared.tried[warp] = run;
   }
   __syncthreads();
@@ -118,7 +117,7 @@ template <typename Fill>
 __device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanArrays &a, PlanShared &shared,
                                            int64_t target) {
   int nWarps = blockDim.x / kWarp;
-  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks, p.replicaRows};
+  FillShape shape(p);
   for (int first = int(threadIdx.x / kWarp) * p.nDomainRanks; first < p.nRanks;
        first += nWarps * p.nDomainRanks) {
     Outcome run = runFill<Fill>(shape, a, first, target);
@@ -127,6 +126,7 @@ __device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanA
   __syncthreads();
   if (threadIdx.x == 0) shared.all = {0, target, 0};
   for (int first = 0; first < p.nRanks; first += p.nDomainRanks) {
+    // Of a single domain the warp that has filled it has told: nothing to look for on the way that is timed.
     Outcome run = p.nDomainRanks == p.nRanks ? shared.tried[0] : planOutcome(p, a, first, target);
     if (run.most > target && p.nSlots > 0 && p.nDomainRanks > 1)
       run = searchHigher<Fill>(shape, a, shared, first, run);
@@ -176,9 +176,9 @@ template <typename Fill> __device__ __noinline__ void planGate(PlanShared &share
   PlanArrays a;
   a.carve(p.nRanks, p.nExperts, p.nSlots);
   int warp = threadIdx.x / kWarp, width = p.nDomainRanks == p.nRanks ? shared.copies.n + 1 : 0;
-  FillShape shape = {p.nSlots, p.perRank, p.nDomainRanks, p.replicaRows};
+  FillShape shape(p);
   if (threadIdx.x < kSearchGateSteps) shared.costs[threadIdx.x] = kCostUnknown;
-  if (warp > 0) a.moveFill(shared.copies.offset + uint32_t(warp - 1) * shared.copies.bytes);
+  a = shared.copies.arraysOf(warp, a);
   __syncthreads();
   for (int k = warp; warp < width && k < kSearchGateSteps; k += width) {
     Outcome run = runFill<Fill>(shape, a, 0, planGateTarget(shared, lowest, k));
@@ -337,7 +337,8 @@ __device__ inline void planSumLoads(const kernelPlanner_t &p, const PlanArrays &
 
 // planner_least_target of balancer/bound.c, in the mean bound's place, where replicas count rows. A function
 // of its own, so that plans which do not need it are not the slower for it.
-__device__ __noinline__ inline void planRaiseBound(kernelPlanner_t p, PlanShared &shared) {
+__device__ __noinline__ inline void planRaiseBound(PlanShared &shared) {
+  const kernelPlanner_t &p = shared.p;
   PlanArrays a;
   a.carve(p.nRanks, p.nExperts, p.nSlots);
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = p.nDomainRanks, nDomains = p.nRanks / d;
@@ -368,7 +369,8 @@ __device__ __noinline__ inline void planRaiseBound(kernelPlanner_t p, PlanShared
 }
 
 // Takes the replicas' worth out of the loads that a search has left, and of their maximum.
-__device__ __noinline__ inline void planCountRows(kernelPlanner_t p, PlanShared &shared) {
+__device__ __noinline__ inline void planCountRows(PlanShared &shared) {
+  const kernelPlanner_t &p = shared.p;
   PlanArrays a;
   a.carve(p.nRanks, p.nExperts, p.nSlots);
   if (threadIdx.x < kWarp) {
@@ -409,7 +411,7 @@ __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, 
     shared.copies = copies;
   }
   planSumLoads(p, a, shared, loads);
-  if (p.replicaRows > 0) planRaiseBound(p, shared);
+  if (p.replicaRows > 0) planRaiseBound(shared);
   if (p.nSlots == 0 || shared.before <= max(shared.tolerated, shared.meanBound)) {
     planNothing(p, a, shared);
     return;
@@ -424,7 +426,7 @@ __device__ inline void planBlock(const kernelPlanner_t &p, const PlanArrays &a, 
     planSearch<WarpFill<uint32_t>>(shared);
   else
     planSearch<WarpFill<uint64_t>>(shared);
-  if (p.replicaRows > 0) planCountRows(p, shared);
+  if (p.replicaRows > 0) planCountRows(shared);
   for (int r = threadIdx.x; r < p.nRanks; r += blockDim.x) {
     int32_t *expert = a.slotExpert + int64_t(r) * p.nSlots;
     int64_t *quota = a.slotQuota + int64_t(r) * p.nSlots;

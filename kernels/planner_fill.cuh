@@ -42,6 +42,7 @@ struct PlanArrays {
   __host__ __device__ static size_t inputBytes(int64_t nRanks, int64_t nExperts) {
     return (size_t(8 * (nExperts + nRanks)) + 15) / 16 * 16;
   }
+  // A multiple of 16, too.
   __host__ __device__ static size_t bytes(int64_t nRanks, int64_t nExperts, int64_t nSlots) {
     return inputBytes(nRanks, nExperts) + fillBytes(nRanks, nExperts, nSlots);
   }
@@ -83,6 +84,11 @@ struct PlanCopies {
     offset = uint32_t(at - PlanArrays::inputBytes(p.nRanks, p.nExperts));
     bytes = uint32_t(each);
   }
+  // What the fill of a warp writes: the plan's own arrays, a's, or a copy.
+  __device__ PlanArrays arraysOf(int warp, PlanArrays a) const {
+    if (warp > 0) a.moveFill(offset + uint32_t(warp - 1) * bytes);
+    return a;
+  }
   // Shared memory with them.
   __host__ size_t end(size_t used) const { return n == 0 ? used : (used + 15) / 16 * 16 + size_t(n) * bytes; }
 };
@@ -95,6 +101,9 @@ __device__ __forceinline__ uint32_t planAddress(uint32_t at) {
 // What a fill needs of the config.
 struct FillShape {
   int nSlots, perRank, nDomainRanks, replicaRows;
+
+  __device__ explicit FillShape(const kernelPlanner_t &p)
+      : nSlots(p.nSlots), perRank(p.perRank), nDomainRanks(p.nDomainRanks), replicaRows(p.replicaRows) {}
 
   // The load below which a rank is light: one more replica leaves room for rows below the target.
   __device__ int64_t lightBelow(int64_t target) const { return max(target - replicaRows, int64_t(0)); }

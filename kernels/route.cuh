@@ -53,8 +53,7 @@ struct RouteShared {
   }
   __device__ void carve(int64_t nRanks, int64_t nExperts, int64_t nSlots, RouteShape shape) {
     plan.carve(nRanks, nExperts, nSlots);
-    masterRow = reinterpret_cast<int32_t *>(planMemory +
-                                            (PlanArrays::bytes(nRanks, nExperts, nSlots) + 15) / 16 * 16);
+    masterRow = reinterpret_cast<int32_t *>(planMemory + PlanArrays::bytes(nRanks, nExperts, nSlots));
     slotRow = masterRow + nExperts;
     firstPiece = slotRow + nRanks * nSlots;
     pieces = reinterpret_cast<Piece *>(firstPiece + nExperts);
