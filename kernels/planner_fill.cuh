@@ -288,7 +288,7 @@ template <int kSpan> struct PackedFill {
   int first, lane;
   uint32_t target;
   uint32_t light[kSpan], heavy[kSpan]; // keys: the deficit of light ranks, the load of heavy ranks, else 0
-  uint32_t settled[kSpan];             // load of a rank that is neither
+  uint32_t settled[kSpan];             // load of a rank that is neither: the target, unless slots ran out
 
   __device__ PackedFill(FillShape shape, PlanArrays arrays, int firstRank)
       : p(shape), a(arrays), first(firstRank), lane(threadIdx.x % kWarp), target(0) {}
@@ -319,14 +319,17 @@ template <int kSpan> struct PackedFill {
       light[i] = newLight;
     }
   }
-  // A receiver, known by its key, is not light any more.
+  // A receiver, known by its key, is not light any more: filled to the target, unless settle says otherwise.
+  __device__ void unlight(uint32_t receiver) {
+#pragma unroll
+    for (int i = 0; i < kSpan; i++)
+      if (light[i] == receiver) light[i] = 0;
+  }
   __device__ void settle(uint32_t receiver, uint32_t load) {
 #pragma unroll
-    for (int i = 0; i < kSpan; i++) {
-      if (light[i] != receiver) continue;
-      light[i] = 0;
-      settled[i] = load;
-    }
+    for (int i = 0; i < kSpan; i++)
+      if (light[i] == receiver) settled[i] = load;
+    unlight(receiver);
   }
 
   // Addresses of rank 0's i-th rem and slot, and those of the rank that a key names: the key holds the rank
@@ -413,25 +416,46 @@ template <int kSpan> struct PackedFill {
   }
 
   // Fills the lightest rank until none is light or none is heavy. Mostly the heaviest rank has one expert
-  // that covers the whole deficit; everything else goes the general way.
+  // that covers the whole deficit. Then neither rank's new key depends on which expert that is: a step takes
+  // it to be so, asks who is next, and only then looks whether it is so; if not, the keys are as they were,
+  // and the receiver is filled the general way. No barrier is needed in between: rems are read by the lanes
+  // that write them, and slots are not read.
   __device__ void fill() {
+    // Not more experts than lanes, or none is tried; an address for each key by a single instruction.
+    const int nLanes = p.perRank <= kWarp ? p.perRank : 0;
+    uint32_t top = remOf(0, lane), step = opaque(uint32_t(-8 * p.perRank));
     for (;;) {
-      uint32_t receiver;
-      for (;;) {
-        receiver = best(light);
-        uint32_t donor = best(heavy);
-        if (receiver == 0 || donor == 0) return;
-        uint32_t want = valueOf(receiver), at = remOf(donor, lane);
-        uint32_t rem = lane < p.perRank ? loadShared(at) : 0;
-        uint32_t cover = rem >= want ? rem << 5 | uint32_t(lane) : 0xffffffffu;
-        uint32_t least = warpMin(cover);
-        if (p.perRank > kWarp || least == 0xffffffffu) break;
-        settle(receiver, target);
+      uint32_t donor = best(heavy), receiver = best(light);
+      uint32_t at = top + (donor & kRankMask) * step, rem = donor != 0 && lane < nLanes ? loadShared(at) : 0;
+      while (donor != 0 && receiver != 0) {
+        uint32_t want = valueOf(receiver);
+        uint32_t oldHeavy[kSpan], oldLight[kSpan];
+#pragma unroll
+        for (int i = 0; i < kSpan; i++) {
+          oldHeavy[i] = heavy[i];
+          oldLight[i] = light[i];
+        }
         give(donor, receiver & ~kRankMask);
+        unlight(receiver); // its load is the target, as settled has it
+        uint32_t cover = rem >= want ? rem << 5 | uint32_t(lane) : 0xffffffffu;
+        uint32_t nextDonor = best(heavy), nextReceiver = best(light), least = warpMin(cover);
+        if (least == 0xffffffffu) {
+#pragma unroll
+          for (int i = 0; i < kSpan; i++) {
+            heavy[i] = oldHeavy[i];
+            light[i] = oldLight[i];
+          }
+          break;
+        }
         storeIf(cover == least, at, rem - want);
         storeIf(cover == least, slotOf(receiver, 0), want, expertOf(donor, lane));
-        __syncwarp();
+        donor = nextDonor;
+        receiver = nextReceiver;
+        at = top + (donor & kRankMask) * step;
+        rem = donor != 0 && lane < nLanes ? loadShared(at) : 0; // early: it is there when it is needed
       }
+      __syncwarp();
+      if (donor == 0 || receiver == 0) return;
       fillReceiver(receiver);
     }
   }

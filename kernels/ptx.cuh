@@ -147,6 +147,11 @@ __device__ __forceinline__ void storeReleaseBlock(uint32_t *shared, uint32_t val
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(sharedAddress(shared)), "r"(value)
                : "memory");
 }
+// The value, of which the compiler does not know how it came about: it cannot take it apart again.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
 // By addresses within shared memory. Stores that are made or not, without a branch.
 __device__ __forceinline__ uint32_t loadShared(uint32_t address) {
   uint32_t value;

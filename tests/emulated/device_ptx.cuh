@@ -131,6 +131,9 @@ inline uint32_t *emulatedShared(uint32_t address) {
 inline uint32_t loadShared(uint32_t address) {
   return *emulatedShared(address);
 }
+inline uint32_t opaque(uint32_t value) {
+  return value;
+}
 inline void storeIf(bool condition, uint32_t address, uint32_t value) {
   if (condition) *emulatedShared(address) = value;
 }
