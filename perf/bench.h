@@ -9,6 +9,7 @@
 
 typedef enum { BENCH_BACKEND_HOST, BENCH_BACKEND_CUDA } benchBackend_t;
 typedef enum { BENCH_BASELINE_NONE, BENCH_BASELINE_NCCL } benchBaseline_t;
+typedef enum { BENCH_GRADS_NONE, BENCH_GRADS_FLOAT32, BENCH_GRADS_BFLOAT16 } benchGrads_t;
 typedef enum { BENCH_BALANCE_OFF, BENCH_BALANCE_ON, BENCH_BALANCE_BOTH } benchBalance_t;
 
 typedef struct {
@@ -35,6 +36,7 @@ typedef struct {
   int32_t replicaRows;
   int32_t dispatchMode, combineMode, timeoutMs;
   int64_t expertBytes; /* of the weights that are synchronised; 0: no such step */
+  int32_t grads;       /* benchGrads_t: gradients of as many bytes, reduced */
   int64_t gateBytes;   /* of an expert, for the cost gate; 0: off */
   /* on GPUs */
   int32_t maxCtas, graph, baseline;
@@ -46,6 +48,7 @@ typedef enum {
   BENCH_WEIGHTS,
   BENCH_DISPATCH,
   BENCH_COMBINE,
+  BENCH_GRADS,
   BENCH_COPY, /* host only: memcpy */
   /* GPUs only */
   BENCH_STEP,          /* route and dispatch, one after the other */
@@ -80,6 +83,9 @@ typedef struct {
   size_t dispatchRowBytes, combineRowBytes;
   /* on GPUs */
   int64_t dispatchMoved, combineMoved; /* bytes read and written by all ranks at least */
+  /* The same of weights and gradients, where every replica's are read and written, and every master's
+   * gradients that have replicas; 0: not known, or none. */
+  int64_t weightsMoved, gradsMoved;
   int64_t gpuBytes; /* memory in use for the line: communicators, groups, buffers, all ranks */
   int64_t windowBytes, privateBytes, slotBytes; /* of a group, the rank with the most */
 } benchResult_t;

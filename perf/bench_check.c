@@ -56,21 +56,23 @@ static int bench_segments_copy(benchRank_t *rank, const ultraepSegments_t *from)
   const benchOps_t *ops = rank->run->ops;
   size_t n = (size_t)from->nSegments;
   int64_t *total = (int64_t *)rank->segmentMemory, *firstRow = total + 2, *rows = firstRow + n;
-  void **weights = (void **)(rows + n);
-  int32_t *expert = (int32_t *)(weights + n);
+  void **weights = (void **)(rows + n), **grads = weights + n;
+  int32_t *expert = (int32_t *)(grads + n);
   if (ops->copy(rank, total, from->totalRows, sizeof(*total)) != 0 ||
       ops->copy(rank, firstRow, from->firstRow, n * sizeof(*firstRow)) != 0 ||
       ops->copy(rank, rows, from->rows, n * sizeof(*rows)) != 0 ||
       ops->copy(rank, expert, from->expert, n * sizeof(*expert)) != 0)
     return -1;
-  bool weighted = from->weights[0] != NULL;
+  bool weighted = from->weights[0] != NULL, reduced = from->grads[0] != NULL;
   if (weighted && ops->copy(rank, weights, from->weights[0], n * sizeof(*weights)) != 0) return -1;
+  if (reduced && ops->copy(rank, grads, from->grads[0], n * sizeof(*grads)) != 0) return -1;
   rank->segments = (ultraepSegments_t){.nSegments = from->nSegments,
                                        .expert = expert,
                                        .firstRow = firstRow,
                                        .rows = rows,
                                        .totalRows = total,
-                                       .weights = {weighted ? weights : NULL}};
+                                       .weights = {weighted ? weights : NULL},
+                                       .grads = {reduced ? grads : NULL}};
   return 0;
 }
 

@@ -124,6 +124,8 @@ int benchJsonLine(benchJson_t *json, const workload_t *workload, bool balance, i
       (json_int_t)result->linkBytes[BENCH_WEIGHTS], "busiest_link_bytes",
       json_busiest_make(result->busiestBytes));
   bool whole = line != NULL && json_object_set_new(line, "gate", gateJson(&result->gate)) == 0;
+  if (whole && json->options->grads != BENCH_GRADS_NONE)
+    whole = json_object_set_new(line, "grads_us", json_real(result->us[BENCH_GRADS])) == 0;
   if (whole && json->machine->nDevices > 0)
     whole = json_object_set_new(line, "gpu", json_gpu_make(result)) == 0;
   if (whole) return benchJsonAppend(json, line, error);

@@ -10,6 +10,7 @@ const char *const benchDispatchModes[3] = {"auto", "direct", "once"};
 const char *const benchCombineModes[2] = {"exact", "partial"};
 static const char *const benchBackends[] = {"host", "cuda"};
 static const char *const benchBaselines[] = {"none", "nccl"};
+static const char *const benchGradTypes[] = {"none", "float32", "bfloat16"};
 static const char *const benchBalances[] = {"0", "1", "both"};
 static const char *const benchTypes[] = {"bfloat16", "half", "float", "fp8"};
 
@@ -27,8 +28,8 @@ static const char benchDoc[] =
     "to itself included (the same B for dispatch and for combine, which goes the other way); busbw = algbw * "
     "(R-1)/R. "
     "As B is larger where ranks are uneven, compare times, not bandwidths, between balance 0 and 1.\n\n"
-    "#wrong counts rows (dispatch), tokens (combine) and replicas (weights) that are not byte for byte what "
-    "an "
+    "#wrong counts rows (dispatch), tokens (combine), replicas (weights) and masters and slots (gradients) "
+    "that are not byte for byte what an "
     "independent check expects, over all iterations, warm-up included. It knows the tokens and where they "
     "were "
     "routed, not the library's layout: every row of an expert's segment must be a token routed to it, in "
@@ -51,7 +52,10 @@ static const char benchDoc[] =
     "their "
     "own the links are slower than that. GPU GB: memory in use, of all ranks together, communicators and "
     "buffers "
-    "included. --baseline nccl: base, the same rows from rank to rank by one group of ncclSend and ncclRecv "
+    "included. --expert-bytes: weights are read and written once for every replica; --grads: gradients for "
+    "every "
+    "replica, whose slot is cleared, and every master that has some. --baseline nccl: base, the same rows "
+    "from rank to rank by one group of ncclSend and ncclRecv "
     "with "
     "counts known beforehand, without routing, packing and sums; x, base's time over ours. Loads of masters "
     "only "
@@ -78,6 +82,8 @@ static const struct argp_option benchOptionTable[] = {
     {"balance", KEY_BALANCE, "0|1|both", 0, "Masters only, with replicas, or one after the other (both)", 3},
     {"expert-bytes", KEY_EXPERT_BYTES, "BYTES", 0,
      "Weights of an expert that go to its replicas, 0: none (64K; -B cuda: 0)", 3},
+    {"grads", KEY_GRAD_TYPE, "none|float32|bfloat16", 0,
+     "Also reduce gradients of as many bytes as --expert-bytes from replicas into masters (none)", 3},
     {"gate-bytes", KEY_GATE_BYTES, "BYTES", 0,
      "Weights of an expert as the cost gate sees it, 0: no gate (0)", 3},
     {"graph", KEY_GRAPH, "0|1", 0, "Capture the calls of each phase in a CUDA graph and launch that (0)", 4},
@@ -169,6 +175,8 @@ static int bench_own_option_apply(int key, const char *text, benchOptions_t *opt
     return optionInt32("--timeout", text, 1, 3600000, &options->timeoutMs, error);
   case KEY_EXPERT_BYTES:
     return optionBytes("--expert-bytes", text, 0, INT64_C(1) << 32, &options->expertBytes, error);
+  case KEY_GRAD_TYPE:
+    return optionName("--grads", text, benchGradTypes, 3, &options->grads, error);
   case KEY_GATE_BYTES:
     return optionBytes("--gate-bytes", text, 0, INT64_C(1) << 40, &options->gateBytes, error);
   case KEY_CTAS:
@@ -245,6 +253,11 @@ int benchOptionsFinish(benchOptions_t *options, perfError_t *error) {
                         options->nRanks);
   }
   if (options->expertBytes % 16 != 0) return perfErrorSet(error, "--expert-bytes must be a multiple of 16");
+  if (options->grads != BENCH_GRADS_NONE && options->expertBytes == 0)
+    return perfErrorSet(error, "--grads needs --expert-bytes");
+  if (options->grads != BENCH_GRADS_NONE && options->gateBytes > 0)
+    return perfErrorSet(error, "--grads and --gate-bytes exclude each other: what the check expects comes of "
+                               "a plan that is known beforehand");
   if (options->hidden % 16 != 0) return perfErrorSet(error, "--hidden must be a multiple of 16");
   return 0;
 }

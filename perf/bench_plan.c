@@ -80,6 +80,14 @@ static int64_t bench_room_find(const ultraepPlan_t *plan, int32_t alignment, int
   return most;
 }
 
+static void bench_shares_set(const ultraepPlan_t *plan, benchRun_t *run) {
+  for (int32_t i = 0; i < plan->nInstances; i++) {
+    const ultraepInstance_t *instance = &plan->instances[i];
+    if (instance->rank == instance->expert / (plan->nExperts / plan->nRanks)) continue;
+    run->replicaShares[instance->expert] += benchGradsShare(instance->rank);
+  }
+}
+
 static int bench_plan_run(benchRun_t *run, const ultraepPlannerConfig_t *config, const int32_t *loads,
                           perfError_t *error) {
   size_t nRanks = (size_t)config->nRanks, bytes = 0;
@@ -91,7 +99,9 @@ static int bench_plan_run(benchRun_t *run, const ultraepPlannerConfig_t *config,
   int64_t *room = calloc(nRanks, sizeof(room[0]));
   run->pairRows = calloc(nRanks * nRanks, sizeof(run->pairRows[0]));
   run->pairTokens = calloc(nRanks * nRanks, sizeof(run->pairTokens[0]));
-  if (workspace == NULL || room == NULL || run->pairRows == NULL || run->pairTokens == NULL) {
+  run->replicaShares = calloc((size_t)config->nExperts, sizeof(run->replicaShares[0]));
+  if (workspace == NULL || room == NULL || run->pairRows == NULL || run->pairTokens == NULL ||
+      run->replicaShares == NULL) {
     perfErrorSet(error, "no memory for a plan of %zu bytes", bytes);
     goto free_memory;
   }
@@ -100,6 +110,7 @@ static int bench_plan_run(benchRun_t *run, const ultraepPlannerConfig_t *config,
     goto free_memory;
   }
   if (bench_pairs_set(&plan, run, error) != 0) goto free_memory;
+  bench_shares_set(&plan, run);
   /* Behind the last row, rows that must stay as they were: room to see it. */
   int64_t needed = bench_room_find(&plan, run->options->alignment, room) + 4;
   if (config->nSlots > 0 && needed < run->maxRows) run->maxRows = needed;

@@ -96,6 +96,11 @@ static int bench_copy_run(benchRank_t *rank) {
   return 0;
 }
 
+static int bench_grads_run(benchRank_t *rank) {
+  BENCH_CALL(rank, ultraepGradsReduce(rank->route, 0, rank->stream));
+  return 0;
+}
+
 static int bench_step_run(benchRank_t *rank) {
   ultraepTensors_t tensors = bench_dispatch_tensors(rank);
   BENCH_CALL(rank, ultraepRouteDispatch(rank->route, (const int32_t *)rank->topk.own,
@@ -112,6 +117,7 @@ static benchCall_t bench_phase_call(const benchRank_t *rank, benchPhase_t phase)
                                            [BENCH_WEIGHTS] = weighs ? bench_weights_run : NULL,
                                            [BENCH_DISPATCH] = bench_dispatch_run,
                                            [BENCH_COMBINE] = bench_combine_run,
+                                           [BENCH_GRADS] = rank->grads.own != NULL ? bench_grads_run : NULL,
                                            [BENCH_COPY] = ops->deviceTimed ? NULL : bench_copy_run,
                                            [BENCH_STEP] = ops->deviceTimed ? bench_step_run : NULL,
                                            [BENCH_BASE_DISPATCH] = ops->baselineDispatch,
@@ -191,6 +197,9 @@ static bool bench_iteration_run(benchRank_t *rank, int32_t iteration) {
   if (!bench_dispatch_checked(rank, iteration, stamp, check)) return false;
   if (!bench_phase_run(rank, BENCH_COMBINE, iteration)) return false;
   if (check) rank->wrong += benchCombinedCheck(rank);
+  if (check || iteration == first) (void)benchGradsFill(rank, stamp);
+  if (!bench_phase_run(rank, BENCH_GRADS, iteration)) return false;
+  if (check) rank->wrong += benchGradsCheck(rank, stamp);
   if (!bench_phase_run(rank, BENCH_STEP, iteration)) return false;
   return bench_phase_run(rank, BENCH_COPY, iteration);
 }

@@ -13,7 +13,7 @@ typedef struct {
   double us[BENCH_PHASES];
   double busBandwidth; /* dispatch and combine of each line */
   double movedBytes, copiedBytes;
-  double dispatchFloor, combineFloor; /* us */
+  double dispatchFloor, combineFloor, weightsFloor, gradsFloor; /* us */
   double busiestBytes[BENCH_PHASES];
   bool busiestUnknown;
 } benchSums_t;
@@ -84,10 +84,12 @@ static void bench_columns_print(const benchOptions_t *options, const benchMachin
          "balance", "before", "after", "replicas", "route", "weights", "dispatch", "algbw", "busbw",
          "combine", "algbw", "busbw", "#wrong");
   if (gpu) bench_gpu_columns_print(options, true);
+  if (options->grads != BENCH_GRADS_NONE) printf(" %8s", "grads");
   printf("  %s\n# %10s %11s %8s %7s %8s %8s %8s %8s %8s  %8s %6s %6s  %8s %6s %6s %6s", "record", "(B)",
          "(elements)", "", "", "max/mean", "max/mean", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "(us)",
          "(GB/s)", "(GB/s)", "");
   if (gpu) bench_gpu_columns_print(options, false);
+  if (options->grads != BENCH_GRADS_NONE) printf(" %8s", "(us)");
   printf("\n");
 }
 
@@ -192,6 +194,8 @@ static void bench_sums_add(benchSums_t *sums, const benchMachine_t *machine, con
   sums->copiedBytes += (double)result->copyBytes;
   sums->dispatchFloor += bench_floor(machine, result->dispatchMoved);
   sums->combineFloor += bench_floor(machine, result->combineMoved);
+  sums->weightsFloor += bench_floor(machine, result->weightsMoved);
+  sums->gradsFloor += bench_floor(machine, result->gradsMoved);
   for (int phase = BENCH_DISPATCH; phase <= BENCH_COMBINE; phase++) {
     sums->busiestBytes[phase] += (double)result->busiestBytes[phase];
     if (result->busiestBytes[phase] < 0) sums->busiestUnknown = true;
@@ -220,6 +224,7 @@ int benchReportLine(benchReport_t *report, const workload_t *workload, bool bala
     printf(" %6s", "N/A");
   }
   if (report->machine->nDevices > 0) bench_gpu_line_print(report, result);
+  if (options->grads != BENCH_GRADS_NONE) bench_number_print(result->us[BENCH_GRADS], 8);
   printf("  %s\n", workload->label);
   gatePrint(&result->gate);
   fflush(stdout);
@@ -243,6 +248,18 @@ static void bench_host_sums_print(const benchSums_t *sums, int balance, int32_t 
          balance, moved, nRanks, copied, moved / copied);
 }
 
+/* What replicas' weights and gradients take, beside what a plain copy of their bytes does. */
+static void bench_replicas_print(const benchSums_t *sums, int balance) {
+  const double *us = sums->us;
+  if (sums->weightsFloor <= 0) return;
+  printf("# balance %d: of the copy rate: weights %.1f %%", balance,
+         100 * bench_ratio(sums->weightsFloor, us[BENCH_WEIGHTS]));
+  if (sums->gradsFloor > 0)
+    printf(", gradients %.1f %%, in %.1f us", 100 * bench_ratio(sums->gradsFloor, us[BENCH_GRADS]),
+           us[BENCH_GRADS] / (double)sums->lines);
+  printf("\n");
+}
+
 static void bench_gpu_sums_print(const benchReport_t *report, const benchSums_t *sums, int balance) {
   const double *us = sums->us;
   double floor = sums->dispatchFloor + sums->combineFloor, moveUs = us[BENCH_DISPATCH] + us[BENCH_COMBINE];
@@ -253,6 +270,7 @@ static void bench_gpu_sums_print(const benchReport_t *report, const benchSums_t 
          100 * bench_ratio(sums->dispatchFloor, us[BENCH_DISPATCH]),
          100 * bench_ratio(sums->dispatchFloor, us[BENCH_STEP]),
          100 * bench_ratio(sums->combineFloor, us[BENCH_COMBINE]));
+  bench_replicas_print(sums, balance);
   if (!sums->busiestUnknown) {
     printf("# balance %d: busiest link, bytes of one call: dispatch %.0f, combine %.0f\n", balance,
            sums->busiestBytes[BENCH_DISPATCH] / (double)sums->lines,

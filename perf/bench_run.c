@@ -117,6 +117,11 @@ static void bench_moved_set(const benchRun_t *run, benchResult_t *result) {
   int64_t passed = tokens + workload->assignments;
   result->dispatchMoved = passed * (int64_t)(run->shape.bytes + run->scaleBytes);
   result->combineMoved = passed * (int64_t)run->combineShape.bytes;
+  int64_t bytes = run->options->expertBytes, nReduced = result->replicas;
+  result->weightsMoved = 2 * bytes * result->replicas;
+  if (run->options->grads == BENCH_GRADS_NONE) return;
+  for (int32_t e = 0; e < workload->nExperts; e++) nReduced += run->replicaShares[e] > 0;
+  result->gradsMoved = 2 * bytes * nReduced;
 }
 
 static void bench_result_set(benchRun_t *run, const int64_t *received, benchResult_t *result) {
@@ -207,6 +212,7 @@ static void bench_memory_free(benchRun_t *run) {
   free(run->verify.sources);
   free(run->pairRows);
   free(run->pairTokens);
+  free(run->replicaShares);
   for (int phase = 0; phase < BENCH_PHASES; phase++) free(run->seconds[phase]);
 }
 

@@ -36,12 +36,13 @@ typedef struct {
   uint8_t *copy;             /* [copyBytes], where the memcpy phase copies to */
   float *scratch;            /* for the check: 3 * hidden floats and a combine row */
   uint8_t *segmentMemory;    /* arrays of segments, where they are copies */
-  uint8_t *slot;             /* [expertBytes], a replica's weights, where they are a copy */
+  uint8_t *slot;             /* [expertBytes], a replica's weights or gradients, where they are a copy */
   /* symmetric memory */
   benchMemory_t rows;      /* [maxRows] dispatch rows */
   benchMemory_t rowsOut;   /* [maxRows] combine rows; rows itself where the shapes are equal */
   benchMemory_t rowScales; /* [maxRows][scaleBytes] */
   benchMemory_t masters;   /* [E/R][expertBytes] */
+  benchMemory_t grads;     /* [E/R][expertBytes] */
   /* results */
   double start, end; /* seconds, of the phase that ran last */
   int64_t received;  /* rows */
@@ -104,6 +105,8 @@ struct benchRun {
   int32_t leadCalls, timedCalls;
   /* [R][R] from source to rank, where the plan is known beforehand, else null: rows, and tokens with a row */
   int64_t *pairRows, *pairTokens;
+  /* [E], where the plan is known: the sum of benchGradsShare over the ranks with a replica */
+  int32_t *replicaShares;
   void *world; /* the backend's */
   verify_t verify;
   int32_t firstRank, nLocal;     /* the ranks of this process */
@@ -172,9 +175,17 @@ int64_t benchCombinedCheck(benchRank_t *rank);
 /* Every row of the rank through its expert. */
 int benchExpertsApply(benchRank_t *rank);
 
+/* ---- bench_grads.c ---- */
+/* Part of a rank's slots in the gradients of an expert. */
+int32_t benchGradsShare(int32_t rank);
+/* Gradients of masters and, with the segments read, of slots. */
+int benchGradsFill(benchRank_t *rank, uint32_t iteration);
+/* As the other checks. */
+int64_t benchGradsCheck(benchRank_t *rank, uint32_t iteration);
+
 /* ---- bench_plan.c ---- */
-/* Sets run->pairRows, run->pairTokens and, where that is less, run->maxRows, from the plan that
- * the library will make. */
+/* Sets run->pairRows, run->pairTokens, run->replicaShares and, where that is less, run->maxRows, from the
+ * plan that the library will make. */
 int benchPlanMake(benchRun_t *run, perfError_t *error);
 /* The bytes that the busiest rank sends to or gets from others, if `linkBytes` in all cross between ranks,
  * rowBytes for each row, or for each token and rank; -1 where neither gives that sum. */

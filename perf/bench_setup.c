@@ -48,8 +48,8 @@ static bool bench_check_memory_make(benchRank_t *rank) {
   rank->scratch = benchAllocate(3 * (size_t)run->shape.hidden * sizeof(float) + run->combineShape.bytes, 1);
   if (rank->scratch == NULL) return false;
   if (!run->ops->mirrored) return true;
-  /* totalRows, firstRow, rows, weights, expert */
-  rank->segmentMemory = calloc((2 + 4 * segments) * sizeof(int64_t), sizeof(*rank->segmentMemory));
+  /* totalRows, firstRow, rows, weights, gradients, expert */
+  rank->segmentMemory = calloc((2 + 5 * segments) * sizeof(int64_t), sizeof(*rank->segmentMemory));
   rank->slot = benchAllocate(1, (size_t)run->options->expertBytes);
   return rank->segmentMemory != NULL && rank->slot != NULL;
 }
@@ -124,6 +124,14 @@ static int bench_experts_register(benchRank_t *rank) {
   experts.nWeights = 1;
   experts.weights[0].master = rank->masters.own;
   experts.weights[0].bytes = bytes;
+  if (run->options->grads != BENCH_GRADS_NONE) {
+    if (bench_symmetric_make(rank, &rank->grads, perRank * bytes, true) != 0) return -1;
+    experts.nGrads = 1;
+    experts.grads[0].master = rank->grads.own;
+    experts.grads[0].bytes = bytes;
+    experts.grads[0].dataType =
+        run->options->grads == BENCH_GRADS_BFLOAT16 ? ULTRAEP_BFLOAT16 : ULTRAEP_FLOAT32;
+  }
   BENCH_CALL(rank, ultraepExpertsRegister(rank->group, 0, &experts));
   return 0;
 }
@@ -167,6 +175,7 @@ void benchRankRelease(benchRank_t *rank) {
     free(rank->rows.host);
     free(rank->rowScales.host);
     free(rank->masters.host);
+    free(rank->grads.host);
   }
   for (int32_t s = rank->firstSource; s < rank->lastSource; s++) bench_source_free(&run->verify.sources[s]);
 }

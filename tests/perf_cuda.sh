@@ -39,6 +39,12 @@ for type in bfloat16 half float fp8; do
 done
 runs 2 -t 2 --ctas 4 -m 3
 runs 2 --tokens 0
+for type in float32 bfloat16; do
+  runs 2 --slots 4 --expert-bytes 40K --grads $type
+  runs 1 --balance 1 --expert-bytes 40K --grads $type --graph 1 -c 0
+  grep -qE '^# balance 1: of the copy rate: weights [0-9.]+ %, gradients [0-9.]+ %, in [0-9.]+ us$' out ||
+    fail "no rates of weights and gradients: $(grep '^# balance' out)"
+done
 runs 1 --balance 1 --graph 1 -J o.json
 grep -q '"gpu"' o.json || fail "-J says nothing of the GPU"
 # Timed, with the baseline: every time there and above zero.

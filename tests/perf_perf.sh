@@ -51,6 +51,11 @@ runs 1 "${small[@]}" --balance 1 --tokens 4000 --gate-bytes 1K -J o.json
 grep -Eq '^#   gate, .*: kept (all )?[1-9]' out || fail "no word on what the gate kept"
 [ "$(awk '!/^#/ { print $7 }' out)" = "$(sed -n 's/^ *"kept": \([0-9]*\),$/\1/p' o.json)" ] || fail "the gate's count in the JSON"
 runs 1 "${small[@]}" --balance 0 -m 3
+for type in float32 bfloat16; do
+  runs 2 "${small[@]}" --slots 4 --grads $type --expert-bytes 4128 -m 2 -J o.json
+  awk '!/^#/ && $17 <= 0 { exit 1 }' out || fail "the time of gradients"
+  grep -q '"grads_us": [0-9]' o.json || fail "gradients are not in the JSON"
+done
 runs 1 "${small[@]}" --balance 1 -w 0
 runs 2 -t 1 --experts 4 --topk 2 --tokens 9 --skew 1
 runs 2 -t 4 --experts 16 --tokens 0 --skew 2
@@ -83,8 +88,8 @@ done
 
 # A library that damages one byte is found out, in numbers, words and exit status; undamaged, the same program passes.
 status 0 "$corrupt" -n 2 --hidden 256 "${small[@]}"
-for what in dispatch combine weights; do
-  status 1 env PERF_CORRUPT=$what "$corrupt" -n 2 --hidden 256 "${small[@]}" --balance 1 -J o.json
+for what in dispatch combine weights grads; do
+  status 1 env PERF_CORRUPT=$what "$corrupt" -n 2 --hidden 256 "${small[@]}" --balance 1 --grads float32 -J o.json
   grep -q '^# Out of bounds values : [1-9][0-9]* FAILED$' out || fail "damage not counted: $what"
   grep -v '^#' out | awk '$16 == 0 { exit 1 }' || fail "#wrong is 0: $what"
   grep -q '"okay": false' o.json || fail "damage not in the JSON: $what"
@@ -126,6 +131,9 @@ grep -q 'start it without mpirun' err || fail "message of -B host under mpirun"
 status 2 env OMPI_COMM_WORLD_SIZE=4 "$perf" -B cuda -t 3
 grep -q 'a rank is a process, and these are 4' err || fail "message of -t under mpirun"
 status 2 "$perf" --graph 1
+status 2 "$perf" --grads fp8
+status 2 "$perf" --grads float32 --expert-bytes 0
+status 2 "$perf" --grads float32 --gate-bytes 1M
 status 2 "$perf" --baseline nccl
 grep -q -- '--graph and --baseline need -B cuda' err || fail "message of --baseline on the host"
 status 2 "$perf" -B cuda --baseline mpi
