@@ -13,8 +13,9 @@
 namespace ultraep {
 
 // All shared memory of a kernel that plans; the arrays lie in it at offsets, so that the compiler knows what
-// they are.
-extern __shared__ __align__(16) char planMemory[];
+// they are. Where a kernel moves rows, too, these are its buffers: bulk copies of memory at an odd multiple
+// of 16 take a third longer.
+extern __shared__ __align__(128) char planMemory[];
 
 template <typename T> struct SharedArray {
   uint32_t at; // bytes from planMemory
