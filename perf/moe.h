@@ -74,8 +74,15 @@ typedef struct {
   bool compared, sampled, bad; /* bad: over a limit */
 } moeCheck_t;
 
+/* One rank's figures. */
+typedef struct {
+  int64_t rows, experts;           /* received; those that got some */
+  int64_t nanoseconds[MOE_PHASES]; /* medians of the iterations; in exchanges with waits for other ranks */
+} moeRankFigures_t;
+
 typedef struct {
   double seconds[MOE_PHASES]; /* medians of the iterations */
+  moeRankFigures_t *ranks;    /* [R], freed by moeResultFree */
   double before, after;       /* imbalance */
   int32_t replicas;
   int64_t memoryBytes;  /* all ranks together */
@@ -180,9 +187,11 @@ struct moeRank {
   uint8_t *markPhases; /* [marks] */
   double *markTimes;   /* [marks] */
   double seconds[MOE_PHASES];
-  bool stopped; /* another rank has failed, which all have been told */
+  double *kept[MOE_PHASES]; /* [iterations] seconds */
+  bool stopped;             /* another rank has failed, which all have been told */
   /* results */
   int64_t energy, memoryBytes, replicaBytes;
+  int32_t nExperts; /* with rows, of the first layer */
   moeCheck_t check;
   double sums[MOE_SUMS];
 };
@@ -243,6 +252,7 @@ void moeOptionsParse(moeOptions_t *options, int argc, char **argv);
 int moeRun(const benchOps_t *benchOps, const moeOps_t *ops, const moeOptions_t *options,
            const workload_t *workload, moeKind_t kind, moeReference_t *references, moeResult_t *result,
            perfError_t *error);
+void moeResultFree(moeResult_t *result);
 int32_t moeLocalRanks(const moeOptions_t *options);
 void moeReferencesFree(moeReference_t *references, int32_t count);
 

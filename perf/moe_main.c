@@ -32,15 +32,16 @@ static int moe_kinds_run(moe_t *moe, const workload_t *workload, const workload_
 
 static int moe_workload_run(void *user, const workload_t *workload, perfError_t *error) {
   moe_t *moe = user;
-  moeResult_t results[MOE_KINDS];
+  moeResult_t results[MOE_KINDS] = {0};
   workload_t ideal;
   bool made = workloadUniform(&ideal, workload, (workloadIdeal_t)moe->options.ideal,
                               (uint64_t)moe->options.bench.seed, error) == 0;
   int status = benchJobAny(!made) ? -1 : moe_kinds_run(moe, workload, &ideal, results, error);
   if (made) workloadFree(&ideal);
-  if (status != 0) return -1;
-  for (int kind = 0; kind < MOE_KINDS; kind++) moe->bad = moe->bad || results[kind].check.bad;
-  return benchJobAny(moeReportLines(moe->report, workload, results, error) != 0) ? -1 : 0;
+  for (int kind = 0; status == 0 && kind < MOE_KINDS; kind++) moe->bad = moe->bad || results[kind].check.bad;
+  if (status == 0 && benchJobAny(moeReportLines(moe->report, workload, results, error) != 0)) status = -1;
+  for (int kind = 0; kind < MOE_KINDS; kind++) moeResultFree(&results[kind]);
+  return status;
 }
 
 static int moe_all_run(moe_t *moe, int argc, char **argv, perfError_t *error) {

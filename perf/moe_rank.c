@@ -138,7 +138,10 @@ static void moe_times_keep(const moeRun_t *run, int32_t iteration) {
       if (mine > most) most = mine;
     }
     double seconds = sign * benchJobMax(most);
-    if (iteration >= 0) run->seconds[phase][iteration] = seconds;
+    if (iteration < 0) continue;
+    run->seconds[phase][iteration] = seconds;
+    for (int32_t i = 0; i < run->base.nLocal; i++)
+      run->ranks[i].kept[phase][iteration] = run->ranks[i].seconds[phase];
   }
 }
 
@@ -197,6 +200,7 @@ static int moe_results_read(moeRank_t *rank) {
   int32_t perRank = moe_experts_per_rank(rank);
   for (int32_t i = 0; i < segments->nSegments; i++) {
     base->received += segments->rows[i];
+    rank->nExperts += segments->rows[i] > 0;
     if (i >= perRank && segments->expert[i] >= 0) base->replicas++;
   }
   BENCH_CALL(base, ultraepGroupProperties(base->group, &base->properties));

@@ -165,16 +165,41 @@ static json_t *report_seconds_make(const moeResult_t *result) {
   return made;
 }
 
+static json_t *report_rank_make(const moeRankFigures_t *figures) {
+  json_t *made =
+      json_pack("{s:I,s:I}", "rows", (json_int_t)figures->rows, "experts", (json_int_t)figures->experts);
+  for (int phase = 0; made != NULL && phase < MOE_PHASES; phase++) {
+    if (json_object_set_new(made, moePhaseNames[phase],
+                            json_real(1e-9 * (double)figures->nanoseconds[phase])) == 0)
+      continue;
+    json_decref(made);
+    return NULL;
+  }
+  return made;
+}
+
+/* Which rank is the slowest, and what it has to do. */
+static json_t *report_ranks_make(const moeResult_t *result, int32_t nRanks) {
+  json_t *made = json_array();
+  for (int32_t r = 0; made != NULL && r < nRanks; r++) {
+    if (json_array_append_new(made, report_rank_make(&result->ranks[r])) == 0) continue;
+    json_decref(made);
+    return NULL;
+  }
+  return made;
+}
+
 static json_t *report_line_make(const moeReport_t *report, const workload_t *workload,
                                 const moeResult_t *results, moeKind_t kind) {
   const moeResult_t *result = &results[kind];
   double total = result->seconds[MOE_TOTAL];
   int64_t tokens = report_tokens(workload);
-  return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:f,s:f,s:i,s:o,s:f,s:f,s:f,s:I,s:I,s:o,s:o,s:o}", "record",
+  return json_pack("{s:s,s:s,s:I,s:I,s:i,s:i,s:f,s:f,s:i,s:o,s:o,s:f,s:f,s:f,s:I,s:I,s:o,s:o,s:o}", "record",
                    workload->label, "run", moeKindNames[kind], "tokens", (json_int_t)tokens, "rows",
                    (json_int_t)workload->assignments, "experts", (int)workload->nExperts, "topk",
                    (int)workload->topK, "before", result->before, "after", result->after, "replicas",
-                   (int)result->replicas, "seconds", report_seconds_make(result), "tokens_per_second",
+                   (int)result->replicas, "seconds", report_seconds_make(result), "ranks",
+                   report_ranks_make(result, workload->nRanks), "tokens_per_second",
                    report_ratio((double)tokens, total), "of_ideal",
                    report_ratio(results[MOE_IDEAL].seconds[MOE_TOTAL], total), "speed_up",
                    report_ratio(results[MOE_UNBALANCED].seconds[MOE_TOTAL], total), "memory_bytes",

@@ -54,11 +54,19 @@ static int moe_memory_allocate(moeRun_t *run, perfError_t *error) {
   }
   if (!whole || run->base.ranks == NULL || run->ranks == NULL)
     return perfErrorSet(error, "no memory for %zu ranks", nLocal);
-  for (size_t i = 0; i < nLocal; i++) run->ranks[i].base = &run->base.ranks[i];
-  return 0;
+  for (size_t i = 0; i < nLocal; i++) {
+    run->ranks[i].base = &run->base.ranks[i];
+    for (int phase = 0; phase < MOE_PHASES; phase++) {
+      run->ranks[i].kept[phase] = calloc((size_t)run->options->bench.iters, sizeof(double));
+      whole = whole && run->ranks[i].kept[phase] != NULL;
+    }
+  }
+  return whole ? 0 : perfErrorSet(error, "no memory for %zu ranks", nLocal);
 }
 
 static void moe_memory_free(moeRun_t *run) {
+  for (int32_t i = 0; run->ranks != NULL && i < run->base.nLocal; i++)
+    for (int phase = 0; phase < MOE_PHASES; phase++) free(run->ranks[i].kept[phase]);
   free(run->base.ranks);
   free(run->ranks);
   free(run->base.pairRows);
@@ -77,19 +85,38 @@ static int moe_run_prepare(moeRun_t *run, perfError_t *error) {
 
 /* ---- results ---- */
 
-static int moe_imbalance_find(const moeRun_t *run, double *imbalance, perfError_t *error) {
+static void moe_figures_fill(const moeRun_t *run, const moeRank_t *rank, moeRankFigures_t *figures) {
+  figures->rows = rank->base->received;
+  figures->experts = rank->nExperts;
+  for (int phase = 0; phase < MOE_PHASES; phase++)
+    figures->nanoseconds[phase] =
+        (int64_t)(1e9 * perfMedian(rank->kept[phase], run->options->bench.iters) + 0.5);
+}
+
+/* Sets result->ranks, and the imbalance of their rows. */
+static int moe_ranks_set(const moeRun_t *run, moeResult_t *result, perfError_t *error) {
+  enum { FIGURES = sizeof(moeRankFigures_t) / sizeof(int64_t) };
   int32_t nRanks = run->base.workload->nRanks;
+  moeRankFigures_t *figures = calloc((size_t)nRanks, sizeof(figures[0]));
   int64_t *received = calloc((size_t)nRanks, sizeof(received[0]));
-  if (benchJobAny(received == NULL) || received == NULL) {
+  if (benchJobAny(figures == NULL || received == NULL) || figures == NULL || received == NULL) {
+    free(figures);
     free(received);
     return perfErrorSet(error, "no memory for %d ranks", nRanks);
   }
   for (int32_t i = 0; i < run->base.nLocal; i++)
-    received[run->base.ranks[i].rank] = run->base.ranks[i].received;
-  benchJobSum(received, nRanks);
-  *imbalance = perfImbalance(received, nRanks);
+    moe_figures_fill(run, &run->ranks[i], &figures[run->base.ranks[i].rank]);
+  benchJobSum((int64_t *)figures, nRanks * FIGURES);
+  for (int32_t r = 0; r < nRanks; r++) received[r] = figures[r].rows;
+  result->after = perfImbalance(received, nRanks);
+  result->ranks = figures;
   free(received);
   return 0;
+}
+
+void moeResultFree(moeResult_t *result) {
+  free(result->ranks);
+  result->ranks = NULL;
 }
 
 static void moe_energy_set(const moeRun_t *run, int64_t sum, bool known, moeResult_t *result) {
@@ -102,7 +129,7 @@ static int moe_result_make(const moeRun_t *run, moeResult_t *result, perfError_t
   bool energyUnknown = false;
   double mean = (double)workload->assignments / workload->nRanks;
   *result = (moeResult_t){.before = workload->assignments == 0 ? 1 : (double)workload->maxBefore / mean};
-  if (moe_imbalance_find(run, &result->after, error) != 0) return -1;
+  if (moe_ranks_set(run, result, error) != 0) return -1;
   if (benchJobAny(benchPlanGate(&run->base, &result->gate, error) != 0)) return -1;
   for (int phase = 0; phase < MOE_PHASES; phase++)
     result->seconds[phase] = perfMedian(run->seconds[phase], run->options->bench.iters);

@@ -77,6 +77,9 @@ for text in '"okay": true' '"mlp_back"' '"of_ideal"' '"speed_up"' '"joules_per_1
   grep -q "$text" o.json || fail "-J without $text"
 done
 [ "$(grep -c '"run": ' o.json)" = 3 ] || fail "-J must hold three runs"
+# The ranks' rows are the run's, and each rank has its times.
+awk '/^   "rows": / { all += $2 } /^     "rows": / { ranks += $2; n++ } /^     "mlp_back": / && $2 > 0 { timed++ }
+  END { if (n != 12 || timed != n || ranks != all) exit 1 }' o.json || fail "the ranks: $(grep '"rows"' o.json)"
 
 # A library that goes wrong is found out; undamaged, the same program passes.
 wrong=("$corrupt" -n 1 -w 1 --hidden 256 --inter 32 "${small[@]}")
