@@ -351,8 +351,7 @@ static int p2p_all(enum p2p_call call, const void *send, void *recv, size_t coun
   schedule_release(scheduled);
   p2pThread.isInside = inside;
   if (!p2p_issued(result)) return result;
-  traffic_count_all(record, TRAFFIC_SEND, p2p_bytes(count, type));
-  traffic_count_all(record, TRAFFIC_RECV, p2p_bytes(count, type));
+  traffic_count_all_to_all(record, p2p_bytes(count, type));
   return result;
 }
 

@@ -186,10 +186,15 @@ void traffic_count_event(trafficComm_t *comm, trafficDirection_t direction, int 
 
 void traffic_count_all(trafficComm_t *comm, trafficDirection_t direction, uint64_t bytes) {
   if (!comm) return;
-  if (traffic_comm_enter(comm)) {
-    trafficCell_t *row = comm->cells + (direction == TRAFFIC_RECV ? (size_t)comm->nRanks : 0);
+  if (traffic_comm_enter(comm)) traffic_cell_add(&comm->all[direction], bytes);
+  traffic_comm_leave(comm);
+}
 
-    for (int32_t peer = 0; peer < comm->nRanks; peer++) traffic_cell_add(&row[peer], bytes);
+void traffic_count_all_to_all(trafficComm_t *comm, uint64_t bytes) {
+  if (!comm) return;
+  if (traffic_comm_enter(comm)) {
+    traffic_cell_add(&comm->all[TRAFFIC_SEND], bytes);
+    traffic_cell_add(&comm->all[TRAFFIC_RECV], bytes);
   }
   traffic_comm_leave(comm);
 }
@@ -198,23 +203,35 @@ int traffic_comm_rank(const trafficComm_t *comm) {
   return comm ? comm->rank : -1;
 }
 
-static uint64_t traffic_larger(const _Atomic uint64_t *a, const _Atomic uint64_t *b) {
-  const uint64_t x = atomic_load_explicit(a, memory_order_relaxed);
-  const uint64_t y = atomic_load_explicit(b, memory_order_relaxed);
+static uint64_t traffic_sum(const _Atomic uint64_t *cell, const _Atomic uint64_t *all) {
+  return atomic_load_explicit(cell, memory_order_relaxed) +
+         (all ? atomic_load_explicit(all, memory_order_relaxed) : 0);
+}
 
-  return x > y ? x : y;
+uint64_t traffic_source_bytes(const trafficComm_t *comm, int source, size_t at) {
+  const trafficCell_t *all = source == 0 ? &comm->all[at / (size_t)comm->nRanks] : NULL;
+
+  return traffic_sum(&comm->cells[(size_t)source * TRAFFIC_DIRECTIONS * (size_t)comm->nRanks + at].bytes,
+                     all ? &all->bytes : NULL);
+}
+
+uint64_t traffic_source_calls(const trafficComm_t *comm, int source, size_t at) {
+  const trafficCell_t *all = source == 0 ? &comm->all[at / (size_t)comm->nRanks] : NULL;
+
+  return traffic_sum(&comm->cells[(size_t)source * TRAFFIC_DIRECTIONS * (size_t)comm->nRanks + at].calls,
+                     all ? &all->calls : NULL);
 }
 
 uint64_t traffic_cell_bytes(const trafficComm_t *comm, size_t at) {
-  const trafficCell_t *cell = &comm->cells[at];
+  const uint64_t calls = traffic_source_bytes(comm, 0, at), events = traffic_source_bytes(comm, 1, at);
 
-  return traffic_larger(&cell->bytes, &cell[TRAFFIC_DIRECTIONS * (size_t)comm->nRanks].bytes);
+  return calls > events ? calls : events;
 }
 
 uint64_t traffic_cell_calls(const trafficComm_t *comm, size_t at) {
-  const trafficCell_t *cell = &comm->cells[at];
+  const uint64_t calls = traffic_source_calls(comm, 0, at), events = traffic_source_calls(comm, 1, at);
 
-  return traffic_larger(&cell->calls, &cell[TRAFFIC_DIRECTIONS * (size_t)comm->nRanks].calls);
+  return calls > events ? calls : events;
 }
 
 /* ---- totals and windows ---- */
@@ -454,6 +471,7 @@ static bool traffic_comm_rows(trafficComm_t *comm, int nRanks) {
 
   if (!cells) return false;
   comm->cells = cells;
+  memset(comm->all, 0, sizeof(comm->all));
   comm->base = (uint64_t *)(void *)(cells + TRAFFIC_SOURCES * nCells);
   comm->windows = comm->base + nCells;
   return true;
@@ -490,16 +508,18 @@ put_header:
   return NULL;
 }
 
-/* Rows of the longer record start with those of the shorter one. */
+/* Rows of the longer record start with those of the shorter one, whose operations with every peer were with
+ * these. */
 static void traffic_comm_copy(const trafficComm_t *from, trafficComm_t *to) {
-  for (size_t row = 0; row < TRAFFIC_SOURCES * TRAFFIC_DIRECTIONS; row++) {
-    const trafficCell_t *cells = from->cells + row * (size_t)from->nRanks;
+  const size_t fromRow = (size_t)from->nRanks, toRow = (size_t)to->nRanks;
 
-    for (int32_t peer = 0; peer < from->nRanks; peer++) {
-      trafficCell_t *cell = &to->cells[row * (size_t)to->nRanks + (size_t)peer];
+  for (int source = 0; source < TRAFFIC_SOURCES; source++) {
+    for (size_t at = 0; at < TRAFFIC_DIRECTIONS * fromRow; at++) {
+      size_t row = (size_t)source * TRAFFIC_DIRECTIONS + at / fromRow;
+      trafficCell_t *cell = &to->cells[row * toRow + at % fromRow];
 
-      atomic_store(&cell->bytes, atomic_load(&cells[peer].bytes));
-      atomic_store(&cell->calls, atomic_load(&cells[peer].calls));
+      atomic_store(&cell->bytes, traffic_source_bytes(from, source, at));
+      atomic_store(&cell->calls, traffic_source_calls(from, source, at));
     }
   }
   for (size_t row = 0; row < TRAFFIC_DIRECTIONS; row++)

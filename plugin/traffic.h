@@ -34,8 +34,9 @@ void traffic_comm_close(trafficComm_t *comm);
  * nothing. Safe beside the record's own close (a watchdog aborts what a worker uses): the operation is then
  * counted or not, and no memory is touched that is gone. */
 void traffic_count(trafficComm_t *comm, trafficDirection_t direction, int peer, uint64_t bytes);
-/* The same for one operation with every peer, the rank itself included. */
+/* The same for one operation with every peer, the rank itself included; and for one both ways. */
 void traffic_count_all(trafficComm_t *comm, trafficDirection_t direction, uint64_t bytes);
+void traffic_count_all_to_all(trafficComm_t *comm, uint64_t bytes);
 /* -1 for null. */
 int traffic_comm_rank(const trafficComm_t *comm);
 

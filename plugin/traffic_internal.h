@@ -31,6 +31,9 @@ typedef struct trafficGroup trafficGroup_t;
 struct trafficComm {
   _Atomic uint64_t state; /* TRAFFIC_CLOSED, and the number of traffic_count in progress */
   trafficCell_t *cells;   /* [source][direction][nRanks], since the record was opened */
+  /* Of calls taken over, those with every peer: they are in no cell, and count in each of their direction. So
+   * they cost the same for any number of ranks. */
+  trafficCell_t all[TRAFFIC_DIRECTIONS];
   int32_t rank, nRanks;
   const void *key;
   trafficGroup_t *group;
@@ -81,8 +84,10 @@ extern trafficState_t trafficState;
 void traffic_lock(void);
 void traffic_unlock(void);
 
-/* Bytes and calls of cell `at` of [direction][nRanks]: of the source that saw more. Both only grow, and so
- * does the larger of them. */
+/* Bytes and calls of cell `at` of [direction][nRanks], by one source. */
+uint64_t traffic_source_bytes(const trafficComm_t *comm, int source, size_t at);
+uint64_t traffic_source_calls(const trafficComm_t *comm, int source, size_t at);
+/* Of the source that saw more. Both only grow, and so does the larger of them. */
 uint64_t traffic_cell_bytes(const trafficComm_t *comm, size_t at);
 uint64_t traffic_cell_calls(const trafficComm_t *comm, size_t at);
 

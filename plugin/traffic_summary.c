@@ -92,8 +92,8 @@ static void traffic_comm_text_events(const trafficComm_t *comm, char *text, size
   uint64_t calls = 0, events = 0;
 
   for (size_t i = 0; i < nCells; i++) {
-    calls += atomic_load_explicit(&comm->cells[i].calls, memory_order_relaxed);
-    events += atomic_load_explicit(&comm->cells[nCells + i].calls, memory_order_relaxed);
+    calls += traffic_source_calls(comm, 0, i);
+    events += traffic_source_calls(comm, 1, i);
   }
   text[0] = '\0';
   if (events > 0)

@@ -34,7 +34,7 @@ for kind in send group alltoall; do
   more=$((with - without))
   echo "$kind: $more instructions more where the call is taken over (fake NCCL and client: $without)"
   case $kind in
-  alltoall) limit=$((most + 16 * 20)) ;; # 8 ranks: 16 operations counted in one call
+  alltoall) limit=$((most + 100)) ;; # any number of ranks; and the stand-in's own send in it, which is passed on
   *) limit=$most ;;
   esac
   [ $more -gt 0 ] || [ $kind = group ] || {

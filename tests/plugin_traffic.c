@@ -71,6 +71,70 @@ static void test_threads(void **state) {
   assert_null(traffic_comm_find(key));
 }
 
+/* ---- operations with every peer ---- */
+static void *count_all_many(void *argument) {
+  (void)argument;
+  for (int i = 0; i < COUNTS; i++) {
+    traffic_count_all_to_all(traffic_comm_find(key), (uint64_t)i);
+    traffic_count_all(traffic_comm_find(key), i % 2 ? TRAFFIC_RECV : TRAFFIC_SEND, 5);
+    if (i % RANKS == 0) traffic_count(traffic_comm_find(key), TRAFFIC_SEND, 3, 1);
+  }
+  return NULL;
+}
+
+static void test_all(void **state) {
+  enum { SUM = 49999, HALF = COUNTS / 2 }; /* i / 2, so to say: COUNTS * SUM + HALF is the sum of i */
+  pthread_t threads[THREADS];
+  int64_t bytes[2][2 * RANKS], calls[2][2 * RANKS], sum = (int64_t)COUNTS * SUM + HALF;
+  trafficComm_t *comm = traffic_comm_open(key, 0xab1, 1, RANKS), *grown;
+  ultraepTraffic_t traffic = ULTRAEP_TRAFFIC_INITIALIZER;
+
+  (void)state;
+  assert_non_null(comm);
+  for (int t = 0; t < THREADS; t++)
+    assert_int_equal(pthread_create(&threads[t], NULL, count_all_many, NULL), 0);
+  for (int t = 0; t < THREADS; t++) pthread_join(threads[t], NULL);
+  /* The events of the same operations, and more of one of them. */
+  for (int i = 0; i < 2 * THREADS * COUNTS; i++) traffic_count_event(comm, TRAFFIC_RECV, 6, 0);
+  traffic.sendBytes = bytes[0];
+  traffic.sendCalls = calls[0];
+  traffic.recvBytes = bytes[1];
+  traffic.recvCalls = calls[1];
+  traffic.capacity = 2 * RANKS;
+  for (int round = 0; round < 2; round++) {
+    assert_int_equal(ultraepTrafficGet(key, &traffic), ultraepSuccess);
+    for (int r = 0; r < RANKS; r++) {
+      int64_t more = r == 3 ? COUNTS / RANKS : 0;
+
+      assert_int_equal(bytes[0][r], THREADS * (sum + 5 * HALF + more));
+      assert_int_equal(calls[0][r], THREADS * (COUNTS + HALF + more));
+      assert_int_equal(bytes[1][r], THREADS * (sum + 5 * HALF));
+      assert_int_equal(calls[1][r], THREADS * (r == 6 ? 2 * COUNTS : COUNTS + HALF));
+    }
+    /* Ranks that the record has learned of afterwards had no part in them. */
+    for (int r = RANKS; r < traffic.nRanks; r++)
+      assert_true(bytes[0][r] == 0 && calls[0][r] == 0 && bytes[1][r] == 0 && calls[1][r] == 0);
+    assert_int_equal(traffic.nRanks, (round + 1) * RANKS);
+    if (round == 0) comm = traffic_comm_grow(comm, 2 * RANKS);
+  }
+  traffic_count_all_to_all(comm, 7);
+  assert_int_equal(ultraepTrafficGet(key, &traffic), ultraepSuccess);
+  assert_int_equal(bytes[1][2 * RANKS - 1], 7);
+  assert_int_equal(bytes[0][0], THREADS * (sum + 5 * HALF) + 7);
+  traffic_comm_close(comm);
+  traffic_count_all_to_all(comm, 7); /* counts nothing, in nobody */
+  /* The next record in the same memory begins with nothing. */
+  for (int i = 0; i < 200; i++) {
+    grown = traffic_comm_open(key, 0, 0, RANKS);
+    assert_int_equal(get(key).totalSendCalls, 0);
+    traffic_count_all(grown, TRAFFIC_SEND, 1);
+    assert_int_equal(get(key).totalSendCalls, RANKS);
+    traffic_comm_close(grown);
+  }
+  traffic_count_all(NULL, TRAFFIC_SEND, 1);
+  traffic_count_all_to_all(NULL, 1);
+}
+
 /* ---- a worker counts while others open and close, its own record too ---- */
 static _Atomic bool stop;
 
@@ -337,11 +401,17 @@ static void test_log(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_threads),    cmocka_unit_test(test_close_beside_count),
-      cmocka_unit_test(test_arguments),  cmocka_unit_test(test_open_twice),
-      cmocka_unit_test(test_many_open),  cmocka_unit_test(test_no_growth),
-      cmocka_unit_test(test_windows),    cmocka_unit_test(test_imbalance_and_pairs),
-      cmocka_unit_test(test_get_errors), cmocka_unit_test(test_most_pairs_only),
+      cmocka_unit_test(test_threads),
+      cmocka_unit_test(test_all),
+      cmocka_unit_test(test_close_beside_count),
+      cmocka_unit_test(test_arguments),
+      cmocka_unit_test(test_open_twice),
+      cmocka_unit_test(test_many_open),
+      cmocka_unit_test(test_no_growth),
+      cmocka_unit_test(test_windows),
+      cmocka_unit_test(test_imbalance_and_pairs),
+      cmocka_unit_test(test_get_errors),
+      cmocka_unit_test(test_most_pairs_only),
       cmocka_unit_test(test_log),
   };
 

@@ -65,6 +65,11 @@ void traffic_count_all(trafficComm_t *comm, trafficDirection_t direction, uint64
   for (int peer = 0; comm && peer < comm->nRanks; peer++) traffic_count(comm, direction, peer, bytes);
 }
 
+void traffic_count_all_to_all(trafficComm_t *comm, uint64_t bytes) {
+  traffic_count_all(comm, TRAFFIC_SEND, bytes);
+  traffic_count_all(comm, TRAFFIC_RECV, bytes);
+}
+
 int traffic_comm_rank(const trafficComm_t *comm) {
   return comm ? comm->rank : -1;
 }
