@@ -144,6 +144,12 @@ int benchPlanMake(benchRun_t *run, perfError_t *error) {
   return status;
 }
 
+void benchPlanFree(benchRun_t *run) {
+  free(run->pairRows);
+  free(run->pairTokens);
+  free(run->replicaShares);
+}
+
 int benchPlanGate(const benchRun_t *run, gateFigures_t *gate, perfError_t *error) {
   const ultraepPlannerConfig_t *planner = &run->ranks[0].planner;
   size_t bytes = 0;

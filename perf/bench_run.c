@@ -210,9 +210,7 @@ static int bench_threads_run(benchRun_t *run, perfError_t *error) {
 static void bench_memory_free(benchRun_t *run) {
   free(run->ranks);
   free(run->verify.sources);
-  free(run->pairRows);
-  free(run->pairTokens);
-  free(run->replicaShares);
+  benchPlanFree(run);
   for (int phase = 0; phase < BENCH_PHASES; phase++) free(run->seconds[phase]);
 }
 

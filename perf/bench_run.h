@@ -187,6 +187,8 @@ int64_t benchGradsCheck(benchRank_t *rank, uint32_t iteration);
 /* Sets run->pairRows, run->pairTokens, run->replicaShares and, where that is less, run->maxRows, from the
  * plan that the library will make. */
 int benchPlanMake(benchRun_t *run, perfError_t *error);
+/* Frees them. */
+void benchPlanFree(benchRun_t *run);
 /* The bytes that the busiest rank sends to or gets from others, if `linkBytes` in all cross between ranks,
  * rowBytes for each row, or for each token and rank; -1 where neither gives that sum. */
 int64_t benchPlanBusiest(const benchRun_t *run, int64_t linkBytes, size_t rowBytes);

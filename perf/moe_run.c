@@ -69,8 +69,7 @@ static void moe_memory_free(moeRun_t *run) {
     for (int phase = 0; phase < MOE_PHASES; phase++) free(run->ranks[i].kept[phase]);
   free(run->base.ranks);
   free(run->ranks);
-  free(run->base.pairRows);
-  free(run->base.pairTokens);
+  benchPlanFree(&run->base);
   for (int phase = 0; phase < MOE_PHASES; phase++) free(run->seconds[phase]);
 }
 
