@@ -90,26 +90,31 @@ int benchSegmentsRead(benchRank_t *rank) {
   return bench_segments_copy(rank, &segments);
 }
 
-/* ---- weights ---- */
+int32_t benchReplicaNext(const benchRank_t *rank, int32_t segment) {
+  int32_t perRank = rank->run->workload->nExperts / rank->run->workload->nRanks;
+  for (segment = segment < perRank ? perRank : segment + 1; segment < rank->segments.nSegments; segment++)
+    if (rank->segments.expert[segment] >= 0) return segment;
+  return -1;
+}
 
-/* A replica's weights in this program's memory; null where there are none. */
-static const uint64_t *bench_slot_read(benchRank_t *rank, int32_t segment) {
+const void *benchSlotRead(benchRank_t *rank, void *const *slots, int32_t segment) {
   const benchRun_t *run = rank->run;
-  const void *slot = rank->segments.weights[0] == NULL ? NULL : rank->segments.weights[0][segment];
+  const void *slot = slots == NULL ? NULL : slots[segment];
   if (slot == NULL || !run->ops->mirrored) return slot;
   size_t bytes = (size_t)run->options->expertBytes;
-  return run->ops->copy(rank, rank->slot, slot, bytes) == 0 ? (const uint64_t *)rank->slot : NULL;
+  return run->ops->copy(rank, rank->slot, slot, bytes) == 0 ? rank->slot : NULL;
 }
+
+/* ---- weights ---- */
 
 int64_t benchWeightsCheck(benchRank_t *rank, uint32_t iteration) {
   benchRun_t *run = rank->run;
   size_t words = (size_t)run->options->expertBytes / sizeof(uint64_t);
-  int32_t perRank = run->workload->nExperts / run->workload->nRanks;
   int64_t wrong = 0;
-  for (int32_t i = perRank; rank->masters.own != NULL && i < rank->segments.nSegments; i++) {
+  if (rank->masters.own == NULL) return 0;
+  for (int32_t i = benchReplicaNext(rank, -1); i >= 0; i = benchReplicaNext(rank, i)) {
     int32_t expert = rank->segments.expert[i];
-    if (expert < 0) continue;
-    const uint64_t *slot = bench_slot_read(rank, i);
+    const uint64_t *slot = benchSlotRead(rank, rank->segments.weights[0], i);
     size_t same = 0;
     while (slot != NULL && same < words && slot[same] == bench_weight_word(expert, iteration, same)) same++;
     if (same == words) continue;

@@ -35,14 +35,6 @@ static bool bench_grad_is(const benchRun_t *run, const void *values, size_t inde
   return memcmp((const float *)values + index, &expected, sizeof(expected)) == 0;
 }
 
-/* The segments behind the masters that hold a replica, one after the other; -1: no more. */
-static int32_t bench_replica_next(const benchRank_t *rank, int32_t segment) {
-  int32_t perRank = rank->run->workload->nExperts / rank->run->workload->nRanks;
-  for (segment = segment < perRank ? perRank : segment + 1; segment < rank->segments.nSegments; segment++)
-    if (rank->segments.expert[segment] >= 0) return segment;
-  return -1;
-}
-
 static int bench_slot_fill(benchRank_t *rank, int32_t segment) {
   const benchRun_t *run = rank->run;
   void *slot = rank->segments.grads[0][segment], *values = run->ops->mirrored ? rank->slot : slot;
@@ -62,21 +54,15 @@ int benchGradsFill(benchRank_t *rank, uint32_t iteration) {
     for (size_t i = 0; i < count; i++)
       bench_grad_write(run, rank->grads.host + (size_t)e * bytes, i,
                        bench_grad_master(rank->rank * perRank + e, iteration, i));
-  for (int32_t s = bench_replica_next(rank, -1); s >= 0; s = bench_replica_next(rank, s))
+  for (int32_t s = benchReplicaNext(rank, -1); s >= 0; s = benchReplicaNext(rank, s))
     if (bench_slot_fill(rank, s) != 0) return -1;
   return benchPush(rank, &rank->grads, (size_t)perRank * bytes);
 }
 
-/* Whether a slot holds nothing but zeros. */
 static bool bench_slot_is_clear(benchRank_t *rank, int32_t segment) {
-  const benchRun_t *run = rank->run;
-  const uint8_t *slot = rank->segments.grads[0][segment];
-  size_t bytes = (size_t)run->options->expertBytes;
-  if (run->ops->mirrored) {
-    if (run->ops->copy(rank, rank->slot, slot, bytes) != 0) return true;
-    slot = rank->slot;
-  }
-  return slot[0] == 0 && memcmp(slot, slot + 1, bytes - 1) == 0;
+  const uint8_t *slot = benchSlotRead(rank, rank->segments.grads[0], segment);
+  return slot != NULL && slot[0] == 0 &&
+         memcmp(slot, slot + 1, (size_t)rank->run->options->expertBytes - 1) == 0;
 }
 
 int64_t benchGradsCheck(benchRank_t *rank, uint32_t iteration) {
@@ -98,7 +84,7 @@ int64_t benchGradsCheck(benchRank_t *rank, uint32_t iteration) {
                 rank->rank, e, same);
     wrong++;
   }
-  for (int32_t s = bench_replica_next(rank, -1); s >= 0; s = bench_replica_next(rank, s)) {
+  for (int32_t s = benchReplicaNext(rank, -1); s >= 0; s = benchReplicaNext(rank, s)) {
     if (bench_slot_is_clear(rank, s)) continue;
     verifyFault(&run->verify, "rank %d: the slot of expert %d still has gradients", rank->rank,
                 rank->segments.expert[s]);

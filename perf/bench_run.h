@@ -165,6 +165,11 @@ int benchPull(benchRank_t *rank, const benchMemory_t *memory, size_t bytes);
 int benchTokensFill(benchRank_t *rank, uint32_t iteration);
 int benchMastersFill(benchRank_t *rank, uint32_t iteration);
 int benchSegmentsRead(benchRank_t *rank);
+/* The first segment behind `segment` (-1: of all) that holds a replica; -1: none. */
+int32_t benchReplicaNext(const benchRank_t *rank, int32_t segment);
+/* A slot of expertBytes in this program's memory, until the next one is read; null where there is none, or a
+ * failure is recorded. slots: a tensor of the segments. */
+const void *benchSlotRead(benchRank_t *rank, void *const *slots, int32_t segment);
 int benchRowsPoison(benchRank_t *rank);
 int benchCombinedPoison(benchRank_t *rank);
 /* Faults found; a failure to look is recorded and counts none. */

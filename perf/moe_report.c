@@ -155,27 +155,23 @@ static json_t *report_check_make(const moeOptions_t *options, const moeCheck_t *
   return NULL;
 }
 
-static json_t *report_seconds_make(const moeResult_t *result) {
-  json_t *made = json_object();
-  for (int phase = 0; made != NULL && phase < MOE_PHASES; phase++) {
-    if (json_object_set_new(made, moePhaseNames[phase], json_real(result->seconds[phase])) == 0) continue;
-    json_decref(made);
+/* Adds the phases' seconds; null, and the object is gone, without memory. */
+static json_t *report_phases_add(json_t *object, const double *seconds) {
+  for (int phase = 0; object != NULL && phase < MOE_PHASES; phase++) {
+    if (json_object_set_new(object, moePhaseNames[phase], json_real(seconds[phase])) == 0) continue;
+    json_decref(object);
     return NULL;
   }
-  return made;
+  return object;
 }
 
 static json_t *report_rank_make(const moeRankFigures_t *figures) {
-  json_t *made =
-      json_pack("{s:I,s:I}", "rows", (json_int_t)figures->rows, "experts", (json_int_t)figures->experts);
-  for (int phase = 0; made != NULL && phase < MOE_PHASES; phase++) {
-    if (json_object_set_new(made, moePhaseNames[phase],
-                            json_real(1e-9 * (double)figures->nanoseconds[phase])) == 0)
-      continue;
-    json_decref(made);
-    return NULL;
-  }
-  return made;
+  double seconds[MOE_PHASES];
+  for (int phase = 0; phase < MOE_PHASES; phase++)
+    seconds[phase] = 1e-9 * (double)figures->nanoseconds[phase];
+  return report_phases_add(
+      json_pack("{s:I,s:I}", "rows", (json_int_t)figures->rows, "experts", (json_int_t)figures->experts),
+      seconds);
 }
 
 /* Which rank is the slowest, and what it has to do. */
@@ -198,8 +194,8 @@ static json_t *report_line_make(const moeReport_t *report, const workload_t *wor
                    workload->label, "run", moeKindNames[kind], "tokens", (json_int_t)tokens, "rows",
                    (json_int_t)workload->assignments, "experts", (int)workload->nExperts, "topk",
                    (int)workload->topK, "before", result->before, "after", result->after, "replicas",
-                   (int)result->replicas, "seconds", report_seconds_make(result), "ranks",
-                   report_ranks_make(result, workload->nRanks), "tokens_per_second",
+                   (int)result->replicas, "seconds", report_phases_add(json_object(), result->seconds),
+                   "ranks", report_ranks_make(result, workload->nRanks), "tokens_per_second",
                    report_ratio((double)tokens, total), "of_ideal",
                    report_ratio(results[MOE_IDEAL].seconds[MOE_TOTAL], total), "speed_up",
                    report_ratio(results[MOE_UNBALANCED].seconds[MOE_TOTAL], total), "memory_bytes",

@@ -203,44 +203,35 @@ int traffic_comm_rank(const trafficComm_t *comm) {
   return comm ? comm->rank : -1;
 }
 
-static uint64_t traffic_sum(const _Atomic uint64_t *cell, const _Atomic uint64_t *all) {
-  return atomic_load_explicit(cell, memory_order_relaxed) +
-         (all ? atomic_load_explicit(all, memory_order_relaxed) : 0);
+trafficCount_t traffic_source_read(const trafficComm_t *comm, int source, size_t at) {
+  const size_t row = (size_t)comm->nRanks;
+  const trafficCell_t *cell = &comm->cells[(size_t)source * TRAFFIC_DIRECTIONS * row + at];
+  const trafficCell_t *all = &comm->all[at / row];
+  trafficCount_t count = {.bytes = atomic_load_explicit(&cell->bytes, memory_order_relaxed),
+                          .calls = atomic_load_explicit(&cell->calls, memory_order_relaxed)};
+
+  if (source != TRAFFIC_TAKEN) return count;
+  count.bytes += atomic_load_explicit(&all->bytes, memory_order_relaxed);
+  count.calls += atomic_load_explicit(&all->calls, memory_order_relaxed);
+  return count;
 }
 
-uint64_t traffic_source_bytes(const trafficComm_t *comm, int source, size_t at) {
-  const trafficCell_t *all = source == 0 ? &comm->all[at / (size_t)comm->nRanks] : NULL;
+trafficCount_t traffic_cell_read(const trafficComm_t *comm, size_t at) {
+  const trafficCount_t taken = traffic_source_read(comm, TRAFFIC_TAKEN, at);
+  const trafficCount_t told = traffic_source_read(comm, TRAFFIC_TOLD, at);
 
-  return traffic_sum(&comm->cells[(size_t)source * TRAFFIC_DIRECTIONS * (size_t)comm->nRanks + at].bytes,
-                     all ? &all->bytes : NULL);
-}
-
-uint64_t traffic_source_calls(const trafficComm_t *comm, int source, size_t at) {
-  const trafficCell_t *all = source == 0 ? &comm->all[at / (size_t)comm->nRanks] : NULL;
-
-  return traffic_sum(&comm->cells[(size_t)source * TRAFFIC_DIRECTIONS * (size_t)comm->nRanks + at].calls,
-                     all ? &all->calls : NULL);
-}
-
-uint64_t traffic_cell_bytes(const trafficComm_t *comm, size_t at) {
-  const uint64_t calls = traffic_source_bytes(comm, 0, at), events = traffic_source_bytes(comm, 1, at);
-
-  return calls > events ? calls : events;
-}
-
-uint64_t traffic_cell_calls(const trafficComm_t *comm, size_t at) {
-  const uint64_t calls = traffic_source_calls(comm, 0, at), events = traffic_source_calls(comm, 1, at);
-
-  return calls > events ? calls : events;
+  return (trafficCount_t){.bytes = taken.bytes > told.bytes ? taken.bytes : told.bytes,
+                          .calls = taken.calls > told.calls ? taken.calls : told.calls};
 }
 
 /* ---- totals and windows ---- */
 void traffic_totals_add(const trafficComm_t *comm, trafficTotals_t *totals) {
   for (size_t i = 0; i < TRAFFIC_DIRECTIONS * (size_t)comm->nRanks; i++) {
     size_t direction = i / (size_t)comm->nRanks;
+    trafficCount_t count = traffic_cell_read(comm, i);
 
-    totals->bytes[direction] += traffic_cell_bytes(comm, i);
-    totals->calls[direction] += traffic_cell_calls(comm, i);
+    totals->bytes[direction] += count.bytes;
+    totals->calls[direction] += count.calls;
   }
 }
 
@@ -257,7 +248,7 @@ static void traffic_comm_roll(trafficComm_t *comm, size_t slot) {
   uint64_t *window = comm->windows + slot * nCells;
 
   for (size_t i = 0; i < nCells; i++) {
-    uint64_t bytes = traffic_cell_bytes(comm, i);
+    uint64_t bytes = traffic_cell_read(comm, i).bytes;
 
     window[i] = bytes - comm->base[i];
     comm->base[i] = bytes;
@@ -517,9 +508,10 @@ static void traffic_comm_copy(const trafficComm_t *from, trafficComm_t *to) {
     for (size_t at = 0; at < TRAFFIC_DIRECTIONS * fromRow; at++) {
       size_t row = (size_t)source * TRAFFIC_DIRECTIONS + at / fromRow;
       trafficCell_t *cell = &to->cells[row * toRow + at % fromRow];
+      trafficCount_t count = traffic_source_read(from, source, at);
 
-      atomic_store(&cell->bytes, traffic_source_bytes(from, source, at));
-      atomic_store(&cell->calls, traffic_source_calls(from, source, at));
+      atomic_store(&cell->bytes, count.bytes);
+      atomic_store(&cell->calls, count.calls);
     }
   }
   for (size_t row = 0; row < TRAFFIC_DIRECTIONS; row++)

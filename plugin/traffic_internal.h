@@ -12,7 +12,9 @@
 
 enum {
   TRAFFIC_DIRECTIONS = 2,
-  TRAFFIC_SOURCES = 2, /* calls taken over; the profiler's events */
+  TRAFFIC_TAKEN = 0, /* source: calls taken over */
+  TRAFFIC_TOLD = 1,  /* the profiler's events */
+  TRAFFIC_SOURCES = 2,
   TRAFFIC_RANKS_MAX = 1 << 20,
   TRAFFIC_WINDOWS = ULTRAEP_TRAFFIC_WINDOWS,
   TRAFFIC_PAIRS = ULTRAEP_TRAFFIC_PAIRS,
@@ -84,12 +86,14 @@ extern trafficState_t trafficState;
 void traffic_lock(void);
 void traffic_unlock(void);
 
-/* Bytes and calls of cell `at` of [direction][nRanks], by one source. */
-uint64_t traffic_source_bytes(const trafficComm_t *comm, int source, size_t at);
-uint64_t traffic_source_calls(const trafficComm_t *comm, int source, size_t at);
-/* Of the source that saw more. Both only grow, and so does the larger of them. */
-uint64_t traffic_cell_bytes(const trafficComm_t *comm, size_t at);
-uint64_t traffic_cell_calls(const trafficComm_t *comm, size_t at);
+typedef struct {
+  uint64_t bytes, calls;
+} trafficCount_t;
+
+/* Cell `at` of [direction][nRanks], by one source. */
+trafficCount_t traffic_source_read(const trafficComm_t *comm, int source, size_t at);
+/* By the source that saw more. Both only grow, and so does the larger of them. */
+trafficCount_t traffic_cell_read(const trafficComm_t *comm, size_t at);
 
 /* Under the lock: */
 /* Ends the window if its time has come. */

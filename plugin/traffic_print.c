@@ -39,10 +39,10 @@ static void traffic_json_row(FILE *out, const trafficComm_t *comm, int direction
 
   fprintf(out, ", \"%sBytes\": [", trafficSides[direction]);
   for (int32_t r = 0; r < comm->nRanks; r++)
-    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "", traffic_cell_bytes(comm, first + (size_t)r));
+    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "", traffic_cell_read(comm, first + (size_t)r).bytes);
   fprintf(out, "], \"%sCalls\": [", trafficSides[direction]);
   for (int32_t r = 0; r < comm->nRanks; r++)
-    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "", traffic_cell_calls(comm, first + (size_t)r));
+    fprintf(out, "%s%" PRIu64, r > 0 ? ", " : "", traffic_cell_read(comm, first + (size_t)r).calls);
   fputs("]", out);
 }
 
@@ -278,7 +278,8 @@ static void traffic_shared_record(FILE *out, const trafficComm_t *comm) {
 
   fwrite(&record, sizeof(record), 1, out);
   for (size_t i = 0; i < TRAFFIC_DIRECTIONS * (size_t)comm->nRanks; i++) {
-    trafficFileCell_t cell = {.bytes = traffic_cell_bytes(comm, i), .calls = traffic_cell_calls(comm, i)};
+    trafficCount_t count = traffic_cell_read(comm, i);
+    trafficFileCell_t cell = {.bytes = count.bytes, .calls = count.calls};
 
     fwrite(&cell, sizeof(cell), 1, out);
   }

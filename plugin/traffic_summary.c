@@ -24,7 +24,7 @@ int32_t traffic_group_windows(const trafficGroup_t *group) {
 }
 
 /* Bytes and calls with a peer; a window has no calls. */
-static ultraepTrafficPair_t traffic_cell_read(const trafficComm_t *comm, int window, int direction,
+static ultraepTrafficPair_t traffic_pair_read(const trafficComm_t *comm, int window, int direction,
                                               int32_t peer) {
   size_t row = (size_t)comm->nRanks, at = (size_t)direction * row + (size_t)peer;
   bool isSend = direction == TRAFFIC_SEND;
@@ -36,8 +36,9 @@ static ultraepTrafficPair_t traffic_cell_read(const trafficComm_t *comm, int win
     pair.bytes = (int64_t)comm->windows[slot * TRAFFIC_DIRECTIONS * row + at];
     return pair;
   }
-  pair.bytes = (int64_t)traffic_cell_bytes(comm, at);
-  pair.calls = (int64_t)traffic_cell_calls(comm, at);
+  trafficCount_t count = traffic_cell_read(comm, at);
+  pair.bytes = (int64_t)count.bytes;
+  pair.calls = (int64_t)count.calls;
   return pair;
 }
 
@@ -58,8 +59,8 @@ static void traffic_summary_add(const trafficComm_t *comm, int window, trafficSu
   const trafficGroup_t *group = comm->group;
 
   for (int32_t peer = 0; peer < comm->nRanks; peer++) {
-    ultraepTrafficPair_t sent = traffic_cell_read(comm, window, TRAFFIC_SEND, peer);
-    ultraepTrafficPair_t received = traffic_cell_read(comm, window, TRAFFIC_RECV, peer);
+    ultraepTrafficPair_t sent = traffic_pair_read(comm, window, TRAFFIC_SEND, peer);
+    ultraepTrafficPair_t received = traffic_pair_read(comm, window, TRAFFIC_RECV, peer);
 
     group->columns[peer] += (uint64_t)sent.bytes;
     summary->bytes[TRAFFIC_SEND] += (uint64_t)sent.bytes;
@@ -92,8 +93,8 @@ static void traffic_comm_text_events(const trafficComm_t *comm, char *text, size
   uint64_t calls = 0, events = 0;
 
   for (size_t i = 0; i < nCells; i++) {
-    calls += traffic_source_calls(comm, 0, i);
-    events += traffic_source_calls(comm, 1, i);
+    calls += traffic_source_read(comm, TRAFFIC_TAKEN, i).calls;
+    events += traffic_source_read(comm, TRAFFIC_TOLD, i).calls;
   }
   text[0] = '\0';
   if (events > 0)
@@ -129,7 +130,7 @@ void traffic_comm_text(const trafficComm_t *comm, char *text, size_t size) {
 /* ---- ultraepTrafficGet ---- */
 static void traffic_get_row(const trafficComm_t *comm, int direction, int64_t *bytes, int64_t *calls) {
   for (int32_t peer = 0; peer < comm->nRanks; peer++) {
-    ultraepTrafficPair_t pair = traffic_cell_read(comm, 0, direction, peer);
+    ultraepTrafficPair_t pair = traffic_pair_read(comm, 0, direction, peer);
 
     if (bytes) bytes[peer] = pair.bytes;
     if (calls) calls[peer] = pair.calls;
@@ -150,8 +151,8 @@ static void traffic_get_windows(const trafficComm_t *comm, ultraepTraffic_t *tra
     *window = (ultraepTrafficWindow_t){
         .start = times->start, .seconds = times->seconds, .imbalance = summary.imbalance};
     for (int32_t peer = 0; peer < comm->nRanks; peer++) {
-      window->sendBytes += traffic_cell_read(comm, w + 1, TRAFFIC_SEND, peer).bytes;
-      window->recvBytes += traffic_cell_read(comm, w + 1, TRAFFIC_RECV, peer).bytes;
+      window->sendBytes += traffic_pair_read(comm, w + 1, TRAFFIC_SEND, peer).bytes;
+      window->recvBytes += traffic_pair_read(comm, w + 1, TRAFFIC_RECV, peer).bytes;
     }
   }
 }
