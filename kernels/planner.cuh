@@ -99,18 +99,6 @@ __device__ __noinline__ Outcome searchHigher(FillShape p, PlanArrays a, PlanShar
   return best;
 }
 
-// What a domain's fill has come to, in every warp.
-__device__ __forceinline__ Outcome planOutcome(const kernelPlanner_t &p, const PlanArrays &a, int first,
-                                               int64_t target) {
-  uint64_t most = 0;
-  int nReplicas = 0;
-  for (int r = first + int(threadIdx.x) % kWarp; r < first + p.nDomainRanks; r += kWarp) {
-    most = max(most, uint64_t(a.rankLoad[r]));
-    nReplicas += a.slotCount[r];
-  }
-  return {int64_t(warpMax(most)), target, int32_t(__reduce_add_sync(kFullWarp, nReplicas))};
-}
-
 // search_target of balancer/search.c: the first fill of every domain by a warp, then, one domain after the
 // other, what is left to search; the block has the result in shared.all.
 template <typename Fill>
@@ -127,7 +115,8 @@ __device__ __forceinline__ void planTarget(const kernelPlanner_t &p, const PlanA
   if (threadIdx.x == 0) shared.all = {0, target, 0};
   for (int first = 0; first < p.nRanks; first += p.nDomainRanks) {
     // Of a single domain the warp that has filled it has told: nothing to look for on the way that is timed.
-    Outcome run = p.nDomainRanks == p.nRanks ? shared.tried[0] : planOutcome(p, a, first, target);
+    Outcome run = p.nDomainRanks == p.nRanks ? shared.tried[0]
+                                             : outcomeOf<uint64_t>(a, first, first + p.nDomainRanks, target);
     if (run.most > target && p.nSlots > 0 && p.nDomainRanks > 1)
       run = searchHigher<Fill>(shape, a, shared, first, run);
     if (threadIdx.x == 0) {

@@ -117,7 +117,20 @@ struct Outcome {
   int32_t nReplicas;
 };
 
-// One warp's fill of one domain. Key is wide enough for the problem's total.
+// What the fill of the domain of ranks first..end-1 has come to, by what it has left. Key is wide enough for
+// the problem's total. By a warp.
+template <typename Key>
+__device__ __forceinline__ Outcome outcomeOf(const PlanArrays &a, int first, int end, int64_t target) {
+  Key most = 0;
+  int nReplicas = 0;
+  for (int r = first + int(threadIdx.x) % kWarp; r < end; r += kWarp) {
+    most = max(most, Key(a.rankLoad[r]));
+    nReplicas += a.slotCount[r];
+  }
+  return {int64_t(warpMax(most)), target, int32_t(__reduce_add_sync(kFullWarp, nReplicas))};
+}
+
+// One warp's fill of one domain.
 template <typename Key> struct WarpFill {
   const FillShape p;
   const PlanArrays a;
@@ -238,7 +251,7 @@ template <typename Key> struct WarpFill {
   }
 
   __device__ Outcome run(int64_t target) const {
-    int nHeavy = 0, nReplicas = 0;
+    int nHeavy = 0;
     int64_t lightBelow = p.lightBelow(target);
     __syncwarp();
     for (int r = first + lane; r < end; r += kWarp) {
@@ -264,12 +277,7 @@ template <typename Key> struct WarpFill {
         fillReceiver(receiver, Key(target), Key(lightBelow), &nHeavy);
       }
     }
-    Key most = 0;
-    for (int r = first + lane; r < end; r += kWarp) {
-      most = max(most, Key(a.rankLoad[r]));
-      nReplicas += a.slotCount[r];
-    }
-    return {int64_t(warpMax(most)), target, int32_t(__reduce_add_sync(kFullWarp, nReplicas))};
+    return outcomeOf<Key>(a, first, end, target);
   }
 };
 
@@ -426,8 +434,12 @@ template <int kSpan> struct PackedFill {
     const int nLanes = p.perRank <= kWarp ? p.perRank : 0;
     uint32_t top = remOf(0, lane), step = opaque(uint32_t(-8 * p.perRank));
     for (;;) {
-      uint32_t donor = best(heavy), receiver = best(light);
-      uint32_t at = top + (donor & kRankMask) * step, rem = donor != 0 && lane < nLanes ? loadShared(at) : 0;
+      uint32_t donor = best(heavy), receiver = best(light), at, rem;
+      auto lookAtDonor = [&] {
+        at = top + (donor & kRankMask) * step;
+        rem = donor != 0 && lane < nLanes ? loadShared(at) : 0;
+      };
+      lookAtDonor();
       while (donor != 0 && receiver != 0) {
         uint32_t want = valueOf(receiver);
         uint32_t oldHeavy[kSpan], oldLight[kSpan];
@@ -452,8 +464,7 @@ template <int kSpan> struct PackedFill {
         storeIf(cover == least, slotOf(receiver, 0), want, expertOf(donor, lane));
         donor = nextDonor;
         receiver = nextReceiver;
-        at = top + (donor & kRankMask) * step;
-        rem = donor != 0 && lane < nLanes ? loadShared(at) : 0; // early: it is there when it is needed
+        lookAtDonor(); // early: what it has is there when it is needed
       }
       __syncwarp();
       if (donor == 0 || receiver == 0) return;
