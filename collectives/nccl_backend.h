@@ -72,6 +72,7 @@ typedef struct ncclRank {
 
   ncclComm_t comm;
   int rank, nRanks, device, timeoutMs;
+  bool hasOwnDevices;  /* every rank has a GPU of its own */
   cudaStream_t stream; /* for what is not on a caller's stream: agreement, aborts */
   ncclRegion_t window;
   ncclRegion_t slots; /* of replicas, from the first registration on: slots, then flags of their tiles */

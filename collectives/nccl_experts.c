@@ -184,7 +184,11 @@ static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *
                           .isUnordered =
                               layer->gradsShared && (group->config.gradsMode & ULTRAEP_GRADS_UNORDERED),
                           .leavesSlots = group->config.gradsMode & ULTRAEP_GRADS_LEAVE,
+                          .masterTurns = 1,
                           .check = nccl_check_word(words, sizeof(words) / sizeof(words[0]))};
+  /* A slot's rank also clears it, which takes about as long as half of its additions; between GPUs the links
+   * to the master's rank count, and what a rank does in its own memory does not. */
+  if (!self->hasOwnDevices && !made.leavesSlots) made.masterTurns = 2;
   for (int t = 0; t < experts->nWeights; t++) {
     made.weights[t] = experts_tensor(group, &experts->weights[t], t, &made.nWeightTiles);
     made.weights[t].peers = self->regions[layer->weights[t].region].devicePeers;

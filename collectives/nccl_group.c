@@ -375,6 +375,7 @@ ultraepResult_t nccl_group_create(ultraepGroup_t *group, ncclComm_t comm, const 
   result = group_agree_config(self, config, own, &terms);
   if (result != ultraepSuccess || !made) goto free_group;
   made->config.peers = terms.peers;
+  self->hasOwnDevices = terms.hasOwnDevices;
   made->config.dispatchMode = config_dispatch_mode(config, self->nRanks, terms.hasOwnDevices);
   group_lay_out_window(made);
   result = group_open_window(made, terms.isFree);

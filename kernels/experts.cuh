@@ -26,6 +26,18 @@ struct Chain {
   int16_t at;                // this rank's place
   int16_t slot;              // -1 at the master
   Place before[2], after[2]; // the places next to this one, and next but one
+  int8_t turns[2]; // with one replica: tiles in a row that the master's rank takes, and the replica's
+};
+
+// Which of a chain's tiles a rank takes: of every `round` in a row `mine`, from the `first` on.
+struct Turns {
+  int round, first, mine;
+
+  // How many there are below a tile.
+  __device__ int below(int tile) const {
+    return tile / round * mine + min(max(tile % round - first, 0), mine);
+  }
+  __device__ int tile(int nth) const { return nth / mine * round + first + nth % mine; }
 };
 
 // Chains that one rank can be part of: those of its slots, and of its masters that others replicate.
@@ -117,12 +129,28 @@ __device__ inline Chain followChain(const kernelGroup_t &g, const kernelRoute_t 
     for (; here; here &= here - 1) look(keys.key(first + __ffs(here) - 1));
   };
   int n = warpReplicas<1>(route.slotExpert, g.planner.nRanks * nSlots, expert, visit);
-  Chain chain = {expert, int16_t(n), int16_t(at), int16_t(slot), {}, {}};
+  Chain chain = {expert, int16_t(n), int16_t(at), int16_t(slot), {}, {}, {1, 1}};
   for (int i = 0; i < 2; i++) {
     chain.before[i] = keys.place(expert, before[i]);
     chain.after[i] = keys.place(expert, after[i]);
   }
   return chain;
+}
+
+// With one replica two ranks share the work on a chain, each the less the more chains it is part of: the hot
+// experts' rank has many, which would all wait for it. By a warp.
+__device__ inline void shareTurns(const kernelPlanner_t &p, const int32_t *slotExpert,
+                                  const ReplicatedExperts &replicated, int ownChains, Chain *chain) {
+  constexpr int kMostTurns = 16;
+  int other = chain->at == 0 ? chain->after[0].rank : chain->before[0].rank, first = other * p.perRank;
+  int mine = ownChains, theirs = replicated.count(first, first + p.perRank);
+  for (int s = 0; s < p.nSlots; s += kWarp) {
+    int slot = s + int(threadIdx.x % kWarp);
+    theirs += __popc(__ballot_sync(kFullWarp, slot < p.nSlots && slotExpert[other * p.nSlots + slot] >= 0));
+  }
+  for (; max(mine, theirs) > kMostTurns; mine = (mine + 1) / 2) theirs = (theirs + 1) / 2;
+  chain->turns[0] = int8_t(chain->at == 0 ? theirs : mine);
+  chain->turns[1] = int8_t(chain->at == 0 ? mine : theirs);
 }
 
 // Fills the table of this rank's chains, ascending by expert: the order of work that all ranks share. Returns
@@ -157,6 +185,7 @@ __device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &ro
     int slot = isMaster ? -1 : i < nLow ? i : i - nMasters;
     int expert = isMaster ? replicated.find(firstExpert, i - nLow) : mine[slot];
     Chain chain = followChain(g, route, keys, expert, slot);
+    if (chain.n == 1) shareTurns(p, route.slotExpert, replicated, nOwn + nMasters, &chain);
     if (threadIdx.x % kWarp == 0) chains[i] = chain;
   }
   __syncthreads();

@@ -2,10 +2,12 @@
 // once; then the slots are zeros again, unless they are to be left as they are.
 //
 // Where all ranks see the masters, the ranks of an expert's chain take its tiles in turn: each reads a tile's
-// rows where they are, adds, and stores the sum in the master. Where they do not, the master's rank takes
-// all. (A place of a chain is the same here as in the order of addition.) A warp takes a tile of (expert,
-// tensor); it tells the slots' ranks which tiles have been read, and those clear them meanwhile. No order of
-// addition depends on who takes a tile, or when, so the sums are the same bits every time.
+// rows where they are, adds, and stores the sum in the master. With a single replica that rank of the two
+// takes more which is part of fewer chains (shareTurns); where memory is shared, the master's rank, which has
+// no slot to clear, takes twice as many. Where they do not see them, the master's rank takes all. (A place of
+// a chain is the same here as in the order of addition.) A warp takes a tile of (expert, tensor); it tells
+// the slots' ranks which tiles have been read, and those clear them meanwhile. No order of addition depends
+// on who takes a tile, or when, so the sums are the same bits every time.
 //
 // Where any order will do, every rank adds its slots to the masters by itself, and clears what it has read at
 // once: nobody reads another rank's memory or waits for it.
@@ -38,14 +40,23 @@ struct GradsContext {
     while (firstMaster < n && table[firstMaster].at != 0) firstMaster++;
     while (firstMaster + nMasters < n && table[firstMaster + nMasters].at == 0) nMasters++;
   }
-  // The place that adds a tile, how many of a chain's tiles this rank adds, and its nth.
-  __device__ int adder(const Chain &chain, int number) const { return isShared ? number % (chain.n + 1) : 0; }
-  __device__ int nTiles(const Chain &chain) const {
-    if (isShared) return (x.nGradTiles - chain.at + chain.n) / (chain.n + 1);
-    return chain.at == 0 ? x.nGradTiles : 0;
+  // Tiles of a round that a slot's rank adds, and the master's, which comes last.
+  __device__ int slotTurns(const Chain &chain) const { return chain.n == 1 ? chain.turns[1] : 1; }
+  __device__ int masterTurns(const Chain &chain) const {
+    return (chain.n == 1 ? chain.turns[0] : 1) * x.masterTurns;
   }
-  __device__ int nthTile(const Chain &chain, int nth) const {
-    return isShared ? chain.at + nth * (chain.n + 1) : nth;
+  __device__ int round(const Chain &chain) const { return chain.n * slotTurns(chain) + masterTurns(chain); }
+  // The place that adds a tile.
+  __device__ int adder(const Chain &chain, int number) const {
+    int turn = number % round(chain), slot = slotTurns(chain);
+    return isShared && turn < chain.n * slot ? turn / slot + 1 : 0;
+  }
+  // The tiles that this rank adds.
+  __device__ Turns addsOf(const Chain &chain) const {
+    if (!isShared) return {1, 0, chain.at == 0};
+    int slot = slotTurns(chain);
+    if (chain.at > 0) return {round(chain), (chain.at - 1) * slot, slot};
+    return {round(chain), chain.n * slot, masterTurns(chain)};
   }
 };
 
@@ -172,11 +183,11 @@ __device__ void addTiles(const GradsContext &c, int worker, int nWorkers) {
   for (int i = worker;; i += nWorkers) {
     for (; i >= after && next < c.nChains; next++) {
       before = after;
-      after += c.nTiles(c.chains[next]);
+      after += c.addsOf(c.chains[next]).below(c.x.nGradTiles);
     }
     if (i >= after) return;
     const Chain &chain = c.chains[next - 1];
-    int number = c.nthTile(chain, i - before);
+    int number = c.addsOf(chain).tile(i - before);
     Tile tile = tileOf(c.x.grads, c.x.nGrads, number);
     GradsTile t = {c, chain, c.x.grads[tile.tensor], tile, number};
     Place places = findPlaces(c, chain.expert, 0);

@@ -253,6 +253,8 @@ typedef struct {
   /* Of gradients. */
   int32_t isUnordered; /* replicas may be added in any order; only where other ranks see the masters */
   int32_t leavesSlots; /* they are not cleared */
+  int32_t masterTurns; /* how many times as many tiles a master's rank adds as a slot's; 1 or more, only where
+                          other ranks see the masters */
 } kernelExperts_t;
 
 /* Tiles of a tensor. */

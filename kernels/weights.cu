@@ -4,7 +4,7 @@
 // odd places are the movers, of the others the even ones: a mover loads the tile once, from the place before
 // it (the master from its own memory), and stores it at its own place and at the one after it. So every place
 // moves half of the tiles, takes in and sends out each byte once at most, and a tile needs half as many steps
-// as there are hops.
+// as there are hops. With a single replica either of the two ranks may move any tile: see shareTurns.
 //
 // Every worker does its tasks in one order of tiles and experts that all ranks share (TaskWalk), and a task
 // waits only for the same tile and expert two places earlier; so the first task that is not done can always
@@ -41,15 +41,11 @@ struct Share {
   int32_t tile, chain;
 };
 
-// The tiles of a chain that this rank moves, numbered, ascending.
-struct ChainTasks {
-  int first;
-
-  __device__ explicit ChainTasks(const Chain &c) : first(1 - c.at % 2) {}
-  // How many there are below a tile.
-  __device__ int below(int tile) const { return (tile + 1 - first) / 2; }
-  __device__ int tile(int nth) const { return first + 2 * nth; }
-};
+// The tiles of a chain that this rank moves.
+__device__ __forceinline__ Turns movesOf(const Chain &c) {
+  if (c.n > 1) return {2, 1 - c.at % 2, 1};
+  return {c.turns[0] + c.turns[1], c.at == 0 ? c.turns[1] : 0, c.turns[c.at]};
+}
 
 // Few large rounds are quickly gone over, small ones let experts begin sooner that wait for others.
 __device__ __forceinline__ int roundTiles(int nReplicated) {
@@ -72,7 +68,7 @@ struct TaskWalk {
     int lane = threadIdx.x % kWarp, have = 0;
     __syncwarp(); // the last window has been read
     while (have < kEnough && nChains > 0 && round * roundTiles < nTiles) {
-      ChainTasks tasks(chains[chain]);
+      Turns tasks = movesOf(chains[chain]);
       int first = tasks.below(round * roundTiles),
           end = tasks.below(min(nTiles, round * roundTiles + roundTiles));
       int skipped = (worker + nWorkers - (first + before) % nWorkers) % nWorkers;
@@ -88,7 +84,7 @@ struct TaskWalk {
   }
 
 private:
-  __device__ void pass(const ChainTasks &tasks, int nWorkers) {
+  __device__ void pass(const Turns &tasks, int nWorkers) {
     taken = 0;
     before = (before + tasks.below(nTiles)) % nWorkers;
     if (++chain < nChains) return;

@@ -34,13 +34,39 @@ static gpuPlace_t place_of(const ultraepPlan_t *plan, int32_t instance) {
   return (gpuPlace_t){plan->instances[instance].rank, plan->instances[instance].slot};
 }
 
+/* How many chains a rank is part of. */
+static int32_t chains_count(const ultraepPlan_t *plan, int32_t rank) {
+  int32_t n = 0;
+  for (int32_t e = 0; e < plan->nExperts; e++) {
+    bool isPart = plan->instances[e].rank == rank;
+    for (int32_t i = plan->replicaFirst[e]; i < plan->replicaFirst[e + 1]; i++)
+      isPart = isPart || plan->instances[plan->replicaIndex[i]].rank == rank;
+    n += isPart && plan->replicaFirst[e] < plan->replicaFirst[e + 1];
+  }
+  return n;
+}
+
+/* Of a chain with one replica: the work goes by the other rank's chains, in numbers up to 16. */
+static void turns_set(const ultraepPlan_t *plan, gpuChain_t *chain) {
+  int32_t replica = plan->replicaIndex[plan->replicaFirst[chain->expert]];
+  int32_t master = chains_count(plan, plan->instances[replica].rank);
+  int32_t slot = chains_count(plan, plan->instances[chain->expert].rank);
+  while (master > 16 || slot > 16) {
+    master = (master + 1) / 2;
+    slot = (slot + 1) / 2;
+  }
+  chain->turns[0] = master;
+  chain->turns[1] = slot;
+}
+
 static gpuChain_t chain_of(const ultraepPlan_t *plan, const int32_t *source, const int32_t *place,
                            const int32_t *next, int32_t instance) {
   const ultraepInstance_t *x = &plan->instances[instance];
   gpuChain_t chain = {.expert = x->expert,
                       .n = plan->replicaFirst[x->expert + 1] - plan->replicaFirst[x->expert],
                       .at = place[instance],
-                      .slot = x->slot};
+                      .slot = x->slot,
+                      .turns = {1, 1}};
   int32_t back = instance, on = instance;
   for (int i = 0; i < 2; i++) {
     back = back < plan->nExperts ? -1 : source[back - plan->nExperts];
@@ -48,6 +74,7 @@ static gpuChain_t chain_of(const ultraepPlan_t *plan, const int32_t *source, con
     chain.before[i] = place_of(plan, back);
     chain.after[i] = place_of(plan, on);
   }
+  if (chain.n == 1) turns_set(plan, &chain);
   return chain;
 }
 
@@ -118,6 +145,7 @@ static void device_free(device_t *device) {
 
 typedef struct {
   int32_t nChains, longest, nMoved; /* chains compared, and places that are not where ranks alone put them */
+  int32_t nUneven;                  /* chains whose ranks share unevenly */
 } tally_t;
 
 static void check_rank(const ultraepPlan_t *plan, const device_t *device, const int32_t *source,
@@ -130,11 +158,12 @@ static void check_rank(const ultraepPlan_t *plan, const device_t *device, const 
     const gpuChain_t *found = &device->hostChains[(size_t)nth * (size_t)device->most + (size_t)n++];
     if (n > device->hostNumbers[nth] || memcmp(found, &want, sizeof(want)) != 0)
       fail_msg("R %d E %d S %d rank %d expert %d: of %d chains the %d. is of expert %d, place %d of %d after "
-               "rank %d; host: place %d of %d after rank %d",
+               "rank %d, turns %d to %d; host: place %d of %d after rank %d, turns %d to %d",
                plan->nRanks, plan->nExperts, plan->nSlots, rank, e, device->hostNumbers[nth], n,
-               found->expert, found->at, found->n, found->before[0].rank, want.at, want.n,
-               want.before[0].rank);
+               found->expert, found->at, found->n, found->before[0].rank, found->turns[0], found->turns[1],
+               want.at, want.n, want.before[0].rank, want.turns[0], want.turns[1]);
     tally->nChains++;
+    tally->nUneven += want.turns[0] != want.turns[1];
     if (want.n > tally->longest) tally->longest = want.n;
   }
   assert_int_equal(n, device->hostNumbers[nth]);
@@ -183,7 +212,8 @@ static tally_t check_cases(uint64_t seed, int32_t n, planner_case_limits_t limit
 static void test_small(void **state) {
   (void)state;
   tally_t tally = check_cases(51, nCases, (planner_case_limits_t){24, 6, 4});
-  if (nCases >= ENOUGH_CASES) assert_true(tally.longest > 8 && tally.nMoved > nCases / 10);
+  if (nCases >= ENOUGH_CASES)
+    assert_true(tally.longest > 8 && tally.nMoved > nCases / 10 && tally.nUneven > nCases / 10);
 }
 
 /* Plans that no loads lead to: replicas anywhere, of some experts of every rank. */

@@ -27,7 +27,8 @@ static __global__ void chainsKernel(kernelPlanner_t planner, int32_t *slotExpert
                                              c.at,
                                              c.slot,
                                              {chainsPlace(c.before[0]), chainsPlace(c.before[1])},
-                                             {chainsPlace(c.after[0]), chainsPlace(c.after[1])}};
+                                             {chainsPlace(c.after[0]), chainsPlace(c.after[1])},
+                                             {c.turns[0], c.turns[1]}};
   }
 }
 

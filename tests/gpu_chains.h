@@ -16,6 +16,7 @@ typedef struct {
 typedef struct {
   int32_t expert, n, at, slot;
   gpuPlace_t before[2], after[2];
+  int32_t turns[2];
 } gpuChain_t;
 
 /* The chains of nFound ranks: 0, stride, 2 * stride and so on, each found by one block. All pointers are
