@@ -20,7 +20,7 @@
 
 #include "bench_run.h"
 
-enum { MOE_TENSORS = 2, MOE_MAX_LAYERS = 64, MOE_MAX_STREAMS = 4 };
+enum { MOE_TENSORS = 2, MOE_MAX_LAYERS = 64, MOE_MAX_STREAMS = 4, MOE_PIECE_ALIGN = 128 };
 
 typedef enum { MOE_GEMM_EACH, MOE_GEMM_GROUPED } moeGemmMode_t;
 extern const char *const moeGemmModes[2];
@@ -34,6 +34,7 @@ typedef struct {
   int32_t inter, nLayers;
   int32_t gemm;      /* moeGemmMode_t, CUDA only */
   int32_t nStreams;  /* of products one by one, CUDA only */
+  int32_t pieceRows; /* most of one product, a multiple of MOE_PIECE_ALIGN; 0: any number */
   int32_t overlap;   /* weights and gradients of replicas move beside products */
   int32_t ideal;     /* workloadIdeal_t */
   int32_t gradsMode; /* ultraepGradsMode_t: the order */

@@ -74,14 +74,49 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   }
 }
 
-/* Of segments first..end-1. */
+/* How many pieces a product is made in: of rows, or, where it sums over rows, of those. */
+static int64_t mlp_pieces(const moeRank_t *rank, const moeGemm_t *whole) {
+  int64_t rows = whole->isWide ? whole->k : whole->m, most = moe_options(rank)->pieceRows;
+  return most == 0 ? 1 : (rows + most - 1) / most;
+}
+
+/* The nth piece. */
+static moeGemm_t mlp_piece_make(const moeGemm_t *whole, int64_t nPieces, int64_t nth) {
+  moeGemm_t piece = *whole;
+  int64_t rows = whole->isWide ? whole->k : whole->m, each = (rows + nPieces - 1) / nPieces;
+  each = (each + MOE_PIECE_ALIGN - 1) / MOE_PIECE_ALIGN * MOE_PIECE_ALIGN;
+  int64_t first = nth * each < rows ? nth * each : rows, left = rows - first;
+  if (left > each) left = each;
+  if (whole->isWide) {
+    piece.a = (const uint16_t *)whole->a + first * whole->m;
+    piece.b = (const uint16_t *)whole->b + first * whole->n;
+    piece.k = left;
+    piece.accumulate = whole->accumulate || nth > 0;
+  } else {
+    piece.a = (const uint16_t *)whole->a + first * whole->k;
+    piece.c = (uint16_t *)whole->c + first * whole->n;
+    piece.m = left;
+  }
+  return piece;
+}
+
+/* Of segments first..end-1: the first pieces of all, then the second ones of those that have them, as pieces
+ * of one sum may not be made at a time. */
 static int mlp_products_of(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product, int32_t first,
                            int32_t end) {
-  int32_t count = 0;
-  for (int32_t s = first; s < end; s++) {
-    if (layer->segments.rows[s] > 0) rank->gemms[count++] = mlp_product_make(rank, layer, product, s);
+  for (int64_t nth = 0;; nth++) {
+    int32_t count = 0;
+    for (int32_t s = first; s < end; s++) {
+      if (layer->segments.rows[s] == 0) continue;
+      moeGemm_t whole = mlp_product_make(rank, layer, product, s);
+      int64_t nPieces = mlp_pieces(rank, &whole);
+      if (nth >= nPieces) continue;
+      moeGemm_t piece = mlp_piece_make(&whole, nPieces, nth);
+      if (piece.m > 0 && piece.k > 0) rank->gemms[count++] = piece;
+    }
+    if (count == 0) return 0;
+    if (moe_run(rank)->ops->gemms(rank, rank->gemms, count) != 0) return -1;
   }
-  return count == 0 ? 0 : moe_run(rank)->ops->gemms(rank, rank->gemms, count);
 }
 static int mlp_products_run(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product) {
   return mlp_products_of(rank, layer, product, 0, layer->segments.nSegments);

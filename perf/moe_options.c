@@ -10,6 +10,7 @@ enum {
   KEY_LAYERS,
   KEY_GEMM,
   KEY_STREAMS,
+  KEY_PIECE,
   KEY_OVERLAP,
   KEY_EXPERT_CTAS,
   KEY_GRADS,
@@ -99,6 +100,10 @@ static const struct argp_option moeOptionTable[] = {
      "What becomes of replicas' gradients when they have been added: products write them anew (leave)", 2},
     {"gemm", KEY_GEMM, "each|grouped", 0, "How cuBLAS multiplies (each)", 4},
     {"streams", KEY_STREAMS, "N", 0, "Products of different experts at a time, with --gemm each (1)", 4},
+    {"piece-rows", KEY_PIECE, "N", 0,
+     "Make products of more rows than so many in pieces, as steps of 128, 0: whole (16384; --gemm grouped: "
+     "0)",
+     4},
     {"overlap", KEY_OVERLAP, "0|1", 0,
      "Move the weights of replicas beside the masters' products, and their gradients beside the last ones "
      "(0)",
@@ -118,6 +123,8 @@ static int moe_option_apply(int key, const char *text, moeOptions_t *options, pe
     return optionName("--gemm", text, moeGemmModes, 2, &options->gemm, error);
   case KEY_STREAMS:
     return optionInt32("--streams", text, 1, MOE_MAX_STREAMS, &options->nStreams, error);
+  case KEY_PIECE:
+    return optionInt32("--piece-rows", text, 0, 1 << 30, &options->pieceRows, error);
   case KEY_OVERLAP:
     return optionInt32("--overlap", text, 0, 1, &options->overlap, error);
   case KEY_EXPERT_CTAS:
@@ -159,6 +166,11 @@ static int moe_options_finish(moeOptions_t *options, perfError_t *error) {
   if (options->inter % 16 != 0) return perfErrorSet(error, "--inter must be a multiple of 16");
   if (host && (options->gemm != MOE_GEMM_EACH || options->nStreams > 1))
     return perfErrorSet(error, "--gemm and --streams need -B cuda");
+  if (options->pieceRows < 0) options->pieceRows = options->gemm == MOE_GEMM_GROUPED ? 0 : 16384;
+  if (options->pieceRows % MOE_PIECE_ALIGN != 0)
+    return perfErrorSet(error, "--piece-rows must be a multiple of %d", MOE_PIECE_ALIGN);
+  if (options->gemm == MOE_GEMM_GROUPED && options->pieceRows > 0)
+    return perfErrorSet(error, "--piece-rows needs --gemm each");
   if (options->gemm != MOE_GEMM_EACH && options->nStreams > 1)
     return perfErrorSet(error, "--streams needs --gemm each");
   if (!options->gate &&
@@ -184,8 +196,11 @@ static error_t moe_option_parse(int key, char *text, struct argp_state *state) {
 
 void moeOptionsParse(moeOptions_t *options, int argc, char **argv) {
   static const struct argp parser = {moeOptionTable, moe_option_parse, NULL, moeDoc, NULL, NULL, NULL};
-  *options = (moeOptions_t){
-      .bench = benchOptionsDefault(), .nLayers = 1, .nStreams = 1, .ideal = WORKLOAD_IDEAL_RANDOM};
+  *options = (moeOptions_t){.bench = benchOptionsDefault(),
+                            .nLayers = 1,
+                            .nStreams = 1,
+                            .pieceRows = -1,
+                            .ideal = WORKLOAD_IDEAL_RANDOM};
   options->bench.hidden = 0;
   options->bench.iters = 0;
   options->bench.warmupIters = 2;

@@ -60,10 +60,12 @@ static void report_machine_print(const moeOptions_t *options, const benchMachine
          options->bench.nProcesses > 1 ? "processes" : "threads", machine->nDevices, machine->device,
          machine->ncclVersion / 10000, machine->ncclVersion / 100 % 100, machine->ncclVersion % 100,
          machine->copyRate / 1e9);
-  char each[32] = "one by one";
+  char each[64] = "one by one", pieces[32] = "";
+  if (options->pieceRows > 0) snprintf(pieces, sizeof(pieces), ", of at most %d rows", options->pieceRows);
   if (options->nStreams > 1) snprintf(each, sizeof(each), "up to %d at a time", options->nStreams);
-  printf("# products: cuBLAS, %s; the host reads the rows of each expert once a layer, while dispatch runs\n",
-         options->gemm == MOE_GEMM_GROUPED ? "grouped, weight gradients one by one" : each);
+  printf(
+      "# products: cuBLAS, %s%s; the host reads the rows of each expert once a layer, while dispatch runs\n",
+      options->gemm == MOE_GEMM_GROUPED ? "grouped, weight gradients one by one" : each, pieces);
 }
 
 static void report_columns_print(void) {
@@ -272,16 +274,16 @@ int moeReportFinish(moeReport_t *report, perfError_t *error) {
 
 static json_t *report_config_make(const moeOptions_t *options) {
   const benchOptions_t *bench = &options->bench;
-  return json_pack("{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:f,s:i,s:s,s:s,s:s,s:b,s:i,s:b,s:i}",
-                   "nthreads", (int)bench->nRanks, "tokens", (int)bench->nTokens, "hidden",
-                   (int)bench->hidden, "inter", (int)options->inter, "layers", (int)options->nLayers, "slots",
-                   (int)bench->nSlots, "domain", (int)bench->nDomainRanks, "alignment", (int)bench->alignment,
-                   "warmup_iters", (int)bench->warmupIters, "iterations", (int)bench->iters, "validation",
-                   (int)bench->check, "tolerance", bench->tolerance, "replica_rows", (int)bench->replicaRows,
-                   "dispatch_mode", benchDispatchModes[bench->dispatchMode], "combine_mode",
-                   benchCombineModes[bench->combineMode], "gemm", moeGemmModes[options->gemm], "gate",
-                   (int)options->gate, "streams", (int)options->nStreams, "overlap", (int)options->overlap,
-                   "expert_ctas", (int)options->expertCtas);
+  return json_pack(
+      "{s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:f,s:i,s:s,s:s,s:s,s:b,s:i,s:i,s:b,s:i}", "nthreads",
+      (int)bench->nRanks, "tokens", (int)bench->nTokens, "hidden", (int)bench->hidden, "inter",
+      (int)options->inter, "layers", (int)options->nLayers, "slots", (int)bench->nSlots, "domain",
+      (int)bench->nDomainRanks, "alignment", (int)bench->alignment, "warmup_iters", (int)bench->warmupIters,
+      "iterations", (int)bench->iters, "validation", (int)bench->check, "tolerance", bench->tolerance,
+      "replica_rows", (int)bench->replicaRows, "dispatch_mode", benchDispatchModes[bench->dispatchMode],
+      "combine_mode", benchCombineModes[bench->combineMode], "gemm", moeGemmModes[options->gemm], "gate",
+      (int)options->gate, "streams", (int)options->nStreams, "piece_rows", (int)options->pieceRows, "overlap",
+      (int)options->overlap, "expert_ctas", (int)options->expertCtas);
 }
 
 static int report_json_open(moeReport_t *report, int argc, char **argv, perfError_t *error) {
