@@ -13,8 +13,9 @@
 
 #include "gpu_common.h"
 
-#define ARENA ((size_t)24 << 20) /* of a rank, to send from and to receive into */
-#define MOST 2048                /* transfers of a group */
+/* Of a rank, to send from and to receive into; where emulated, it is slow. */
+#define ARENA ((size_t)(GPU_PATIENCE > 1 ? 6 : 24) << 20)
+#define MOST 2048 /* transfers of a group */
 
 typedef struct {
   p2pWorld_t world;

@@ -34,8 +34,8 @@ runs 1 "${small[@]}" --layers 3
 runs 1 "${small[@]}" --layers 3 --slot-grads clear
 runs 1 "${small[@]}" --layers 3 --overlap 1 --expert-ctas 4
 runs 1 "${small[@]}" --domain 2 --tolerance 0.2 --mode direct
-runs 1 -t 4 --experts 8 --topk 2 --tokens 300 --skew 2 --piece-rows 128
-runs 1 -t 2 --experts 4 --topk 2 --tokens 300 --layers 2 --skew 1.5 --align 16 --piece-rows 256
+runs 1 -t 4 --experts 8 --topk 2 --tokens 150 --skew 2 --piece-rows 128
+runs 1 -t 2 --experts 4 --topk 2 --tokens 150 --layers 2 --skew 1.5 --align 16 --piece-rows 128
 runs 1 "${small[@]}" --replica-rows 4
 grep -q 'replica rows 4,' out || fail "no word on the rows that a replica costs"
 runs 1 "${small[@]}" --gate 1
