@@ -175,6 +175,10 @@ static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *
   const ncclRank_t *self = nccl_rank(group);
   const ultraepExperts_t *experts = &layer->experts;
   const uint64_t words[] = {(uint64_t)call, (uint64_t)route->index, (uint64_t)layer->layer};
+  bool leavesSlots = group->config.gradsMode & ULTRAEP_GRADS_LEAVE;
+  /* A slot's rank also clears it, which takes about as long as half of its additions; between GPUs the links
+   * to the master's rank count, and what a rank does in its own memory does not. */
+  int32_t masterTurns = self->hasOwnDevices || leavesSlots ? 1 : 2;
   kernelExperts_t made = {.nWeights = experts->nWeights,
                           .nGrads = experts->nGrads,
                           .slots = self->slots.devicePeers,
@@ -183,12 +187,9 @@ static kernelExperts_t experts_kernel(ultraepRoute_t route, const groupLayer_t *
                           .nFlags = experts_flags(experts),
                           .isUnordered =
                               layer->gradsShared && (group->config.gradsMode & ULTRAEP_GRADS_UNORDERED),
-                          .leavesSlots = group->config.gradsMode & ULTRAEP_GRADS_LEAVE,
-                          .masterTurns = 1,
+                          .leavesSlots = leavesSlots,
+                          .masterTurns = masterTurns,
                           .check = nccl_check_word(words, sizeof(words) / sizeof(words[0]))};
-  /* A slot's rank also clears it, which takes about as long as half of its additions; between GPUs the links
-   * to the master's rank count, and what a rank does in its own memory does not. */
-  if (!self->hasOwnDevices && !made.leavesSlots) made.masterTurns = 2;
   for (int t = 0; t < experts->nWeights; t++) {
     made.weights[t] = experts_tensor(group, &experts->weights[t], t, &made.nWeightTiles);
     made.weights[t].peers = self->regions[layer->weights[t].region].devicePeers;

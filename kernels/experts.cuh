@@ -26,7 +26,7 @@ struct Chain {
   int16_t at;                // this rank's place
   int16_t slot;              // -1 at the master
   Place before[2], after[2]; // the places next to this one, and next but one
-  int8_t turns[2]; // with one replica: tiles in a row that the master's rank takes, and the replica's
+  int8_t turns[2]; // tiles in a row that the master's rank takes, and a replica's; with several replicas 1
 };
 
 // Which of a chain's tiles a rank takes: of every `round` in a row `mine`, from the `first` on.

@@ -40,21 +40,18 @@ struct GradsContext {
     while (firstMaster < n && table[firstMaster].at != 0) firstMaster++;
     while (firstMaster + nMasters < n && table[firstMaster + nMasters].at == 0) nMasters++;
   }
-  // Tiles of a round that a slot's rank adds, and the master's, which comes last.
-  __device__ int slotTurns(const Chain &chain) const { return chain.n == 1 ? chain.turns[1] : 1; }
-  __device__ int masterTurns(const Chain &chain) const {
-    return (chain.n == 1 ? chain.turns[0] : 1) * x.masterTurns;
-  }
-  __device__ int round(const Chain &chain) const { return chain.n * slotTurns(chain) + masterTurns(chain); }
+  // In a round the slots' ranks add turns[1] tiles each, then the master's.
+  __device__ int masterTurns(const Chain &chain) const { return chain.turns[0] * x.masterTurns; }
+  __device__ int round(const Chain &chain) const { return chain.n * chain.turns[1] + masterTurns(chain); }
   // The place that adds a tile.
   __device__ int adder(const Chain &chain, int number) const {
-    int turn = number % round(chain), slot = slotTurns(chain);
+    int turn = number % round(chain), slot = chain.turns[1];
     return isShared && turn < chain.n * slot ? turn / slot + 1 : 0;
   }
   // The tiles that this rank adds.
   __device__ Turns addsOf(const Chain &chain) const {
     if (!isShared) return {1, 0, chain.at == 0};
-    int slot = slotTurns(chain);
+    int slot = chain.turns[1];
     if (chain.at > 0) return {round(chain), (chain.at - 1) * slot, slot};
     return {round(chain), chain.n * slot, masterTurns(chain)};
   }

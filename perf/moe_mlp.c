@@ -26,6 +26,10 @@ static float *mlp_grads(const moeRank_t *rank, const moeLayer_t *layer, int tens
   return layer->grads[tensor] + segment * moe_tensor_count(moe_options(rank), tensor);
 }
 
+static int64_t mlp_round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
 /* The product of one segment: n rows from row `at` on. */
 static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer, mlpProduct_t product,
                                   int32_t segment) {
@@ -35,7 +39,7 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   int64_t at = segments->firstRow[segment];
   /* Weight gradients sum over the rows; those of padding are zeros, and cuBLAS is slow where their number is
    * odd. */
-  int64_t align = options->bench.alignment, padded = (n + align - 1) / align * align;
+  int64_t padded = mlp_round_up(n, options->bench.alignment);
   /* A replica's gradients are written anew: there is nothing to add to. */
   bool isReplica = mlp_is_replica(rank, segment);
   const uint16_t *w1 = mlp_weights(rank, layer, 0, segment), *w2 = mlp_weights(rank, layer, 1, segment);
@@ -74,30 +78,28 @@ static moeGemm_t mlp_product_make(const moeRank_t *rank, const moeLayer_t *layer
   }
 }
 
-/* How many pieces a product is made in: of rows, or, where it sums over rows, of those. */
-static int64_t mlp_pieces(const moeRank_t *rank, const moeGemm_t *whole) {
-  int64_t rows = whole->isWide ? whole->k : whole->m, most = moe_options(rank)->pieceRows;
-  return most == 0 ? 1 : (rows + most - 1) / most;
-}
-
-/* The nth piece. */
-static moeGemm_t mlp_piece_make(const moeGemm_t *whole, int64_t nPieces, int64_t nth) {
-  moeGemm_t piece = *whole;
-  int64_t rows = whole->isWide ? whole->k : whole->m, each = (rows + nPieces - 1) / nPieces;
-  each = (each + MOE_PIECE_ALIGN - 1) / MOE_PIECE_ALIGN * MOE_PIECE_ALIGN;
-  int64_t first = nth * each < rows ? nth * each : rows, left = rows - first;
-  if (left > each) left = each;
-  if (whole->isWide) {
-    piece.a = (const uint16_t *)whole->a + first * whole->m;
-    piece.b = (const uint16_t *)whole->b + first * whole->n;
-    piece.k = left;
-    piece.accumulate = whole->accumulate || nth > 0;
-  } else {
-    piece.a = (const uint16_t *)whole->a + first * whole->k;
-    piece.c = (uint16_t *)whole->c + first * whole->n;
-    piece.m = left;
+/* Makes *piece the nth piece of a product: of its rows, or, where it sums over rows, of those. False: there
+ * are not so many. */
+static bool mlp_piece_make(const moeRank_t *rank, const moeGemm_t *whole, int64_t nth, moeGemm_t *piece) {
+  int64_t rows = whole->isWide ? whole->k : whole->m, most = moe_options(rank)->pieceRows, each = rows;
+  if (most > 0) {
+    int64_t nPieces = (rows + most - 1) / most;
+    each = mlp_round_up((rows + nPieces - 1) / nPieces, MOE_PIECE_ALIGN);
   }
-  return piece;
+  int64_t first = nth * each, left = rows - first < each ? rows - first : each;
+  if (left <= 0) return false;
+  *piece = *whole;
+  if (whole->isWide) {
+    piece->a = (const uint16_t *)whole->a + first * whole->m;
+    piece->b = (const uint16_t *)whole->b + first * whole->n;
+    piece->k = left;
+    piece->accumulate = whole->accumulate || nth > 0;
+  } else {
+    piece->a = (const uint16_t *)whole->a + first * whole->k;
+    piece->c = (uint16_t *)whole->c + first * whole->n;
+    piece->m = left;
+  }
+  return true;
 }
 
 /* Of segments first..end-1: the first pieces of all, then the second ones of those that have them, as pieces
@@ -109,10 +111,7 @@ static int mlp_products_of(moeRank_t *rank, const moeLayer_t *layer, mlpProduct_
     for (int32_t s = first; s < end; s++) {
       if (layer->segments.rows[s] == 0) continue;
       moeGemm_t whole = mlp_product_make(rank, layer, product, s);
-      int64_t nPieces = mlp_pieces(rank, &whole);
-      if (nth >= nPieces) continue;
-      moeGemm_t piece = mlp_piece_make(&whole, nPieces, nth);
-      if (piece.m > 0 && piece.k > 0) rank->gemms[count++] = piece;
+      count += mlp_piece_make(rank, &whole, nth, &rank->gemms[count]);
     }
     if (count == 0) return 0;
     if (moe_run(rank)->ops->gemms(rank, rank->gemms, count) != 0) return -1;

@@ -34,15 +34,12 @@ static gpuPlace_t place_of(const ultraepPlan_t *plan, int32_t instance) {
   return (gpuPlace_t){plan->instances[instance].rank, plan->instances[instance].slot};
 }
 
-/* How many chains a rank is part of. */
+/* How many chains a rank is part of: its replicas, and its masters that have some. */
 static int32_t chains_count(const ultraepPlan_t *plan, int32_t rank) {
   int32_t n = 0;
-  for (int32_t e = 0; e < plan->nExperts; e++) {
-    bool isPart = plan->instances[e].rank == rank;
-    for (int32_t i = plan->replicaFirst[e]; i < plan->replicaFirst[e + 1]; i++)
-      isPart = isPart || plan->instances[plan->replicaIndex[i]].rank == rank;
-    n += isPart && plan->replicaFirst[e] < plan->replicaFirst[e + 1];
-  }
+  for (int32_t i = 0; i < plan->nInstances; i++)
+    n += plan->instances[i].rank == rank &&
+         (i >= plan->nExperts || plan->replicaFirst[i] < plan->replicaFirst[i + 1]);
   return n;
 }
 
