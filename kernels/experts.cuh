@@ -35,22 +35,18 @@ struct Turns {
 
   // How many there are below a tile.
   __device__ int below(int tile) const {
-    return tile / round * mine + min(max(tile % round - first, 0), mine);
+    int rounds = int(uint32_t(tile) / uint32_t(round));
+    return rounds * mine + min(max(tile - rounds * round - first, 0), mine);
   }
-  __device__ int tile(int nth) const { return nth / mine * round + first + nth % mine; }
+  __device__ int tile(int nth) const {
+    int rounds = int(uint32_t(nth) / uint32_t(mine));
+    return rounds * (round - mine) + first + nth;
+  }
 };
 
 // Chains that one rank can be part of: those of its slots, and of its masters that others replicate.
 inline int mostChains(const kernelPlanner_t &p) {
   return p.nSlots + std::min(p.perRank, (p.nRanks - 1) * p.nSlots);
-}
-
-// Whether the plan has replicas at all: alike on every rank, and in every thread of the block.
-__device__ inline bool planHasReplicas(const kernelGroup_t &g, const kernelRoute_t &route) {
-  bool some = false;
-  for (int i = threadIdx.x; i < g.planner.nRanks * g.planner.nSlots; i += blockDim.x)
-    some |= route.slotExpert[i] >= 0;
-  return __syncthreads_or(some);
 }
 
 // ---- the order of a chain ----
@@ -64,6 +60,7 @@ struct ReplicatedExperts {
   // How many of first..end-1 have replicas.
   __device__ int count(int first, int end) const {
     int n = 0;
+#pragma unroll 1
     for (int w = first / kWarp; w * kWarp < end; w++) {
       uint32_t word = words[w];
       if (w == first / kWarp) word &= ~0u << first % kWarp;
@@ -75,10 +72,30 @@ struct ReplicatedExperts {
   // The nth, from 0, of those from `first` on; there must be as many.
   __device__ int find(int first, int nth) const {
     int w = first / kWarp;
+#pragma unroll 1
     for (nth += count(w * kWarp, first); nth >= __popc(words[w]); w++) nth -= __popc(words[w]);
     return w * kWarp + int(__fns(words[w], 0, nth + 1));
   }
 };
+
+// Fills them in; false if there are none: alike on every rank, and in every thread. By all threads of a
+// block.
+__device__ inline bool findReplicated(const kernelGroup_t &g, const kernelRoute_t &route,
+                                      ReplicatedExperts *replicated) {
+  const kernelPlanner_t &p = g.planner;
+  bool some = false;
+#pragma unroll 1
+  for (int w = threadIdx.x; w * kWarp < p.nExperts; w += blockDim.x) replicated->words[w] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
+    int expert = route.slotExpert[i];
+    if (expert < 0) continue;
+    atomicOr(&replicated->words[expert / kWarp], 1u << expert % kWarp);
+    some = true;
+  }
+  return __syncthreads_or(some);
+}
 
 // Numbers that ascend along a chain. A replica's is made of what ultraepPlanRelay sorts by, how many experts
 // with replicas have their masters on its rank, and of its slot among those of all ranks, which ascends by
@@ -89,17 +106,21 @@ template <Order kOrder> struct ChainKeys {
 
   const kernelPlanner_t &p;
   const ReplicatedExperts &replicated;
+  float perSlots = 1.0f / float(p.nSlots), perExperts = 1.0f / float(p.perRank);
 
+  // A slot's rank, and an expert's: below 2^16 no rounding reaches the half.
+  __device__ int slotRank(int slot) const { return int((float(slot) + 0.5f) * perSlots); }
+  __device__ int masterRank(int expert) const { return int((float(expert) + 0.5f) * perExperts); }
   __device__ uint32_t key(int slot) const {
-    int first = slot / p.nSlots * p.perRank;
+    int first = slotRank(slot) * p.perRank;
     uint32_t own = kOrder == Order::kRelay ? replicated.count(first, first + p.perRank) : 0;
     return (own + 1) << 16 | uint32_t(slot);
   }
   __device__ Place place(int expert, uint32_t key) const {
-    int slot = int(key & 0xffff);
+    int slot = int(key & 0xffff), rank = slotRank(slot);
     if (key == kBefore || key == kAfter) return {-1, -1};
-    if (key == kMaster) return {int16_t(expert / p.perRank), -1};
-    return {int16_t(slot / p.nSlots), int16_t(slot % p.nSlots)};
+    if (key == kMaster) return {int16_t(masterRank(expert)), -1};
+    return {int16_t(rank), int16_t(slot - rank * p.nSlots)};
   }
 };
 
@@ -144,42 +165,33 @@ __device__ inline void shareTurns(const kernelPlanner_t &p, const int32_t *slotE
   constexpr int kMostTurns = 16;
   int other = chain->at == 0 ? chain->after[0].rank : chain->before[0].rank, first = other * p.perRank;
   int mine = ownChains, theirs = replicated.count(first, first + p.perRank);
+#pragma unroll 1
   for (int s = 0; s < p.nSlots; s += kWarp) {
     int slot = s + int(threadIdx.x % kWarp);
     theirs += __popc(__ballot_sync(kFullWarp, slot < p.nSlots && slotExpert[other * p.nSlots + slot] >= 0));
   }
+#pragma unroll 1
   for (; max(mine, theirs) > kMostTurns; mine = (mine + 1) / 2) theirs = (theirs + 1) / 2;
   chain->turns[0] = int8_t(chain->at == 0 ? theirs : mine);
   chain->turns[1] = int8_t(chain->at == 0 ? mine : theirs);
 }
 
 // Fills the table of this rank's chains, ascending by expert: the order of work that all ranks share. Returns
-// their number; *nReplicated: of all ranks. By all threads of a block.
+// their number. By all threads of a block.
 template <Order kOrder>
-__device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &route, Chain *chains,
-                                 int *nReplicated = nullptr) {
-  __shared__ ReplicatedExperts replicated;
+__device__ inline int findChains(const kernelGroup_t &g, const kernelRoute_t &route,
+                                 const ReplicatedExperts &replicated, Chain *chains) {
   const kernelPlanner_t &p = g.planner;
-  int firstExpert = g.rank * p.perRank, nWords = (p.nExperts + kWarp - 1) / kWarp;
-  for (int w = threadIdx.x; w < nWords; w += blockDim.x) replicated.words[w] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < p.nRanks * p.nSlots; i += blockDim.x) {
-    int expert = route.slotExpert[i];
-    if (expert >= 0) atomicOr(&replicated.words[expert / kWarp], 1u << expert % kWarp);
-  }
-  __syncthreads();
+  int firstExpert = g.rank * p.perRank;
   const int32_t *mine = route.slotExpert + g.rank * p.nSlots; // ascending, other ranks' experts
   int nLow = 0, nOwn = 0, nMasters = replicated.count(firstExpert, firstExpert + p.perRank);
+#pragma unroll 1
   for (int s = 0; s < p.nSlots; s++) {
     nOwn += mine[s] >= 0;
     nLow += mine[s] >= 0 && mine[s] < firstExpert;
   }
-  if (nReplicated) {
-    int mine = 0;
-    for (int w = threadIdx.x % kWarp; w < nWords; w += kWarp) mine += __popc(replicated.words[w]);
-    *nReplicated = warpSum(mine);
-  }
   ChainKeys<kOrder> keys = {p, replicated};
+#pragma unroll 1
   for (int i = threadIdx.x / kWarp; i < nOwn + nMasters; i += blockDim.x / kWarp) {
     bool isMaster = i >= nLow && i < nLow + nMasters;
     int slot = isMaster ? -1 : i < nLow ? i : i - nMasters;

@@ -277,12 +277,13 @@ __global__ void __launch_bounds__(kGradsThreads, 1)
   extern __shared__ __align__(16) char gradsMemory[];
   bool refused = routeRefuses(g, route); // alike on every rank
   uint32_t call = callOf(g);
-  bool hasReplicas = planHasReplicas(g, route);
+  __shared__ ReplicatedExperts replicated;
+  bool hasReplicas = findReplicated(g, route, &replicated);
   if (refused || !hasReplicas) return; // alike on every rank too: nobody need meet
   auto *chains = reinterpret_cast<Chain *>(gradsMemory);
   int other;
   raiseOpen(g, x.check, call);
-  int nChains = findChains<Order::kRank>(g, route, chains); // while the others come
+  int nChains = findChains<Order::kRank>(g, route, replicated, chains); // while the others come
   bool alive = waitOpen(g, x.check, call, KERNEL_PHASE_GRADS, &other);
   if (alive) {
     GradsContext c(g, route, x, chains, nChains, call);

@@ -9,6 +9,7 @@
 
 #include "kernels.h"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace ultraep {
 
@@ -228,6 +229,32 @@ __device__ inline bool openExchange(const kernelGroup_t &g, uint32_t check, uint
                                     int *other) {
   raiseOpen(g, check, call);
   return waitOpen(g, check, call, phase, other);
+}
+
+// The same by a warp of each block.
+__device__ inline void warpRaiseOpen(const kernelGroup_t &g, uint32_t check, uint32_t call) {
+  if (blockIdx.x != 0) return;
+#pragma unroll 1
+  for (int r = threadIdx.x % kWarp; r < g.planner.nRanks; r += kWarp)
+    storeReleaseSystem(flagOf(g, r, openKind(g, call), g.rank), uint64_t(check) << 32 | call);
+}
+__device__ inline bool warpWaitOpen(const kernelGroup_t &g, uint32_t check, uint32_t call, int32_t phase,
+                                    int *other) {
+  int lane = threadIdx.x % kWarp;
+  uint32_t differs = ~0u;
+  bool failed = false;
+#pragma unroll 1
+  for (int r = lane; r < g.planner.nRanks; r += kWarp) {
+    uint32_t word;
+    if (!waitFlag(g, flagOf(g, g.rank, openKind(g, call), r), call, phase, r, &word))
+      failed = true;
+    else if (word != check)
+      differs = min(differs, uint32_t(r));
+  }
+  if (lane == kWarp - 1 && groupIsOver(g, phase, false)) failed = true; // as in waitFlags
+  __syncwarp();                                                         // what a lane has acquired, all have
+  *other = int(warpMin(differs));
+  return !__any_sync(kFullWarp, failed) && *other < 0;
 }
 
 // The end: the last block says that this rank is done and waits for the others (`raise`), tells a difference

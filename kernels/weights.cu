@@ -11,14 +11,16 @@
 // be done, and nobody waits for ever.
 //
 // With bulk copies a block is a worker: one warp waits for flags and loads tiles into stages, another stores
-// them and tells the next rank. Without them (sm_80) a warp is a worker and copies through registers.
+// them and tells the next rank; a third waits for the other ranks to come, before which only tiles of this
+// rank's own masters are loaded, and none is stored. Without them (sm_80) a warp is a worker and copies
+// through registers.
 #include "bulk.cuh"
 #include "experts.cuh"
 #include "load.cuh"
 
 namespace ultraep {
 
-constexpr int kBulkThreads = 128;     // loads, stores, and the rest for tables
+constexpr int kBulkThreads = 128;     // all of them find chains
 constexpr int kPortableThreads = 512; // all of them copy
 constexpr int kMaxStages = 16;
 constexpr size_t kWeightsStatic = 6656; // shared memory that the kernel declares, at most
@@ -32,6 +34,7 @@ struct Task {
   uint32_t bytes;
   int32_t source;   // the rank that raises `awaited`
   uint64_t extraNs; // patience
+  bool isOwn;       // `from` is this rank's master
 };
 
 // ---- shares of the work ----
@@ -55,23 +58,25 @@ __device__ __forceinline__ int roundTiles(int nReplicated) {
 // Goes over this rank's tasks by rounds of tiles, in a round by chains, which is the order on all ranks, and
 // gives every worker every nWorkers-th. By a warp, with `window` ([32] in shared memory) of its own.
 struct TaskWalk {
-  static constexpr int kEnough = 8; // tasks to know ahead
+  static constexpr int kFirst = 4, kEnough = 8; // tasks to know ahead, in the first window and later
 
   const Chain *chains;
   int nChains, nTiles, roundTiles;
   int round = 0, chain = 0; // that come next
   int taken = 0;            // of them, by this worker
   int before = 0;           // tasks of the chains before, modulo the workers
+  int enough = kFirst;
 
   // Returns how many tasks it put in the window, 0 at the end.
   __device__ int take(int worker, int nWorkers, Share *window) {
     int lane = threadIdx.x % kWarp, have = 0;
     __syncwarp(); // the last window has been read
-    while (have < kEnough && nChains > 0 && round * roundTiles < nTiles) {
+    while (have < enough && nChains > 0 && round * roundTiles < nTiles) {
       Turns tasks = movesOf(chains[chain]);
       int first = tasks.below(round * roundTiles),
           end = tasks.below(min(nTiles, round * roundTiles + roundTiles));
-      int skipped = (worker + nWorkers - (first + before) % nWorkers) % nWorkers;
+      int skipped = worker - int(uint32_t(first + before) % uint32_t(nWorkers));
+      if (skipped < 0) skipped += nWorkers;
       int nth = first + skipped + (taken + lane) * nWorkers, room = kWarp - have;
       int n = __popc(__ballot_sync(kFullWarp, nth < end));
       if (lane < min(n, room)) window[have + lane] = {tasks.tile(nth), chain};
@@ -79,6 +84,7 @@ struct TaskWalk {
       taken += min(n, room);
       if (n < kWarp && n <= room) pass(tasks, nWorkers);
     }
+    enough = kEnough;
     __syncwarp();
     return have;
   }
@@ -86,7 +92,7 @@ struct TaskWalk {
 private:
   __device__ void pass(const Turns &tasks, int nWorkers) {
     taken = 0;
-    before = (before + tasks.below(nTiles)) % nWorkers;
+    before = int(uint32_t(before + tasks.below(nTiles)) % uint32_t(nWorkers));
     if (++chain < nChains) return;
     chain = before = 0;
     round++;
@@ -120,7 +126,8 @@ struct WeightsContext {
             raises ? inFlags(x, raisedSlots, c.after[1].slot, number) : nullptr,
             tile.bytes,
             c.before[1].rank,
-            patience(g, c.at, c.n)};
+            patience(g, c.at, c.n),
+            isMaster};
   }
 };
 
@@ -208,7 +215,9 @@ __device__ void copyPortable(Worker &worker) {
 // ---- with bulk copies ----
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// Between the loading and the storing warp. Tile i of the block uses stage i modulo nStages.
+enum class Opening : uint32_t { kWaits, kOpen, kShut };
+
+// Between the loading, the storing and the waiting warp. Tile i of the block uses stage i modulo nStages.
 struct Stages {
   uint64_t full[kMaxStages]; // barriers: the tile is here
   struct {
@@ -219,14 +228,36 @@ struct Stages {
   uint32_t nFreed;  // tiles whose stages may be loaded again
   uint32_t nTiles;  // of the block, once they are known to be all
   uint32_t isWhole; // nTiles is set
+  uint32_t opening; // whether the other ranks are in the call
 };
+
+// By one thread; the block's barrier comes before the stages are used.
+__device__ void initStages(Stages &s, int nStages) {
+  for (int i = 0; i < nStages; i++) barrierInit(&s.full[i]);
+  barrierInitFence();
+  s.nFreed = s.isWhole = 0;
+  s.opening = uint32_t(Opening::kWaits);
+}
+
+// Waits until it is known whether tiles may be moved from and to other ranks; the waiting warp gives up in
+// time.
+__device__ __forceinline__ bool isOpen(const Stages &s) {
+  Opening opening;
+  do opening = Opening(loadAcquireBlock(&s.opening));
+  while (opening == Opening::kWaits);
+  bulkFence(); // what peers did before this call was acquired by ordinary loads
+  return opening == Opening::kOpen;
+}
 
 __device__ void loadTiles(Worker &worker, Stages &s, char *buffers, uint32_t nStages) {
   uint32_t loaded = 0, lane = threadIdx.x % kWarp;
-  bulkFence(); // what peers' bulk copies wrote before this call was acquired by ordinary loads
+  bool open = false; // is known to be
   forTasks(worker, [&](int n, const Task &task, auto ready) {
+    unsigned others = __ballot_sync(kFullWarp, int(lane) < n && !task.isOwn);
+    int nOwn = others ? __ffs(others) - 1 : n; // tasks before the first that is not
     for (int i = 0; i < n;) {
-      int end = ready(i);
+      if (!open && (i >= nOwn || loaded == nStages) && !(open = isOpen(s))) return false;
+      int end = open ? ready(i) : min(nOwn, i + int(nStages - loaded));
       if (end == i) return false;
       for (; i < end; i++, loaded++) {
         // Signed: a lane that is behind the others finds more tiles freed than it has counted.
@@ -262,6 +293,12 @@ __device__ __forceinline__ void settleStores(Stages &s, uint32_t nFreed, uint32_
 __device__ void storeTiles(Stages &s, const char *buffers, uint32_t nStages, uint32_t call) {
   uint32_t stored = 0, settled = 0, lane = threadIdx.x % kWarp;
   uint32_t *raised = nullptr; // of the newest batch
+  if (!isOpen(s)) {           // a block's memory must not go while tiles come
+    while (loadAcquireBlock(&s.isWhole) == 0) {
+    }
+    for (uint32_t i = 0; i < s.nTiles; i++) barrierWait(&s.full[i], 0);
+    return;
+  }
   for (;;) {
     bool isWhole = __all_sync(kFullWarp, loadAcquireBlock(&s.isWhole)); // before the look at the barriers
     uint32_t mine = stored + lane, stage = mine % nStages;
@@ -286,15 +323,6 @@ __device__ void storeTiles(Stages &s, const char *buffers, uint32_t nStages, uin
     }
   }
   bulkWaitWritten();
-}
-
-__device__ void initStages(Stages &s, int nStages) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < nStages; i++) barrierInit(&s.full[i]);
-    barrierInitFence();
-    s.nFreed = s.isWhole = 0;
-  }
-  __syncthreads();
 }
 
 #endif
@@ -326,44 +354,68 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
   __shared__ Share windows[kPortableThreads];
   bool refused = routeRefuses(g, route); // alike on every rank
   uint32_t call = callOf(g);
-  bool hasReplicas = planHasReplicas(g, route);
+  __shared__ ReplicatedExperts replicated;
+  bool hasReplicas = findReplicated(g, route, &replicated);
   if (refused) return;
   if (!hasReplicas) { // alike on every rank too: nobody need meet
     if (blockIdx.x == 0) fillPointers(g, route, x, 0);
     return;
   }
   auto *chains = reinterpret_cast<Chain *>(weightsMemory + nStages * KERNEL_TILE_BYTES);
-  int warp = threadIdx.x / kWarp, nWorkers = kBulk ? 1 : kPortableThreads / kWarp; // of a block
-  int nReplicated, other;
-  // What can be known is found out while the other ranks come.
-  raiseOpen(g, x.check, call);
-  int nChains = findChains<Order::kRelay>(g, route, chains, &nReplicated);
-  WeightsContext c{g, x, chains, nChains, call};
-  Worker worker(c, blockIdx.x * nWorkers + warp, gridDim.x * nWorkers, windows + warp * kWarp,
-                roundTiles(nReplicated));
-  if (warp < nWorkers) worker.next();
+  int warp = threadIdx.x / kWarp, nWarps = blockDim.x / kWarp;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __shared__ Stages stages;
-  if constexpr (kBulk) initStages(stages, nStages);
+  if (kBulk && threadIdx.x == kWarp) initStages(stages, nStages);
 #endif
-  bool alive = waitOpen(g, x.check, call, KERNEL_PHASE_WEIGHTS, &other);
-  if (alive) {
-    if (blockIdx.x == 0) fillPointers(g, route, x, kBulk ? 2 * kWarp : 0);
-    if constexpr (kBulk) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-      if (warp == 0) loadTiles(worker, stages, weightsMemory, nStages);
-      if (warp == 1) storeTiles(stages, weightsMemory, nStages, call);
-#endif
-    } else {
-      copyPortable(worker);
+  __shared__ int other;
+  __shared__ bool alive;
+  if (warp == nWarps - 1) warpRaiseOpen(g, x.check, call);
+  int nChains = findChains<Order::kRelay>(g, route, replicated, chains); // while the others come
+  // By a warp.
+  auto waitOthers = [&] {
+    int differs;
+    bool all = warpWaitOpen(g, x.check, call, KERNEL_PHASE_WEIGHTS, &differs);
+    if (threadIdx.x % kWarp == 0) {
+      other = differs;
+      alive = all;
     }
-  }
-  if (alive && blockIdx.x == 0 && threadIdx.x == 0) {
+    return all;
+  };
+  // By one block's threads from `first` on, once they have.
+  auto record = [&](int first) {
+    fillPointers(g, route, x, first);
+    if (int(threadIdx.x) != first) return;
     unsigned long long bytes = 0, nHere = 0;
     for (int t = 0; t < x.nWeights; t++) bytes += x.weights[t].bytes;
     for (int i = 0; i < nChains; i++) nHere += chains[i].at > 0;
     g.state->weightBytes += nHere * bytes;
+  };
+  WeightsContext c{g, x, chains, nChains, call};
+  int nWorkers = kBulk ? 1 : nWarps; // of a block
+  Worker worker(c, blockIdx.x * nWorkers + warp, gridDim.x * nWorkers, windows + warp * kWarp,
+                roundTiles(replicated.count(0, g.planner.nExperts)));
+  if constexpr (kBulk) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (warp == 0) {
+      worker.next();
+      loadTiles(worker, stages, weightsMemory, nStages);
+    } else if (warp == 1) {
+      storeTiles(stages, weightsMemory, nStages, call);
+    } else if (warp == nWarps - 1) {
+      bool open = waitOthers();
+      if (threadIdx.x % kWarp == 0)
+        storeReleaseBlock(&stages.opening, uint32_t(open ? Opening::kOpen : Opening::kShut));
+      if (open && blockIdx.x == 0) record(warp * kWarp);
+    }
+#endif
+  } else {
+    if (warp == nWarps - 1) waitOthers();
+    worker.next();
+    __syncthreads();
+    if (alive && blockIdx.x == 0) record(0);
+    if (alive) copyPortable(worker);
   }
+  __syncthreads();
   closeExchange(g, route, x.check, call, KERNEL_PHASE_WEIGHTS, alive, other, patienceAtEnd(g));
 }
 

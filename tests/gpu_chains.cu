@@ -18,7 +18,9 @@ static __global__ void chainsKernel(kernelPlanner_t planner, int32_t *slotExpert
   g.rank = int(blockIdx.x) * stride;
   route.slotExpert = slotExpert;
   auto *found = reinterpret_cast<Chain *>(chainsMemory);
-  int n = findChains<kOrder>(g, route, found);
+  __shared__ ReplicatedExperts replicated;
+  (void)findReplicated(g, route, &replicated);
+  int n = findChains<kOrder>(g, route, replicated, found);
   if (threadIdx.x == 0) nChains[blockIdx.x] = n;
   for (int i = threadIdx.x; i < min(n, most); i += blockDim.x) {
     const Chain &c = found[i];
