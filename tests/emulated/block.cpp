@@ -86,7 +86,7 @@ struct StackAllocator {
 
 Block::Block(const emulatedKernel_t &kernelOf, const Place &first, void *const *argumentsOf, uint32_t seed)
     : kernel(kernelOf), arguments(argumentsOf), threads(first.nThreads.x),
-      warps((first.nThreads.x + kWarp - 1) / kWarp), random(seed) {
+      warps((first.nThreads.x + kWarp - 1) / kWarp), random(seed), copyPace(random() % 8 == 0 ? 128 : 2) {
   for (size_t i = 0; i < threads.size(); i++) {
     Thread &thread = threads[i];
     Warp &warp = warps[i / kWarp];
@@ -200,7 +200,7 @@ void Block::run() {
     if (next == kPolls) polling.push_back(thread);
     if (next == kSleeps) sleeping.push_back(thread);
     if (next == kGoesOn) ready.push_back(thread);
-    if (random() % 2 == 0) copies.advance(random);
+    if (random() % copyPace == 0) copies.advance(random);
   }
   block = nullptr;
   if (!copies.end()) fail("a block ended while its bulk copies were under way");

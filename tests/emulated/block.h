@@ -106,6 +106,7 @@ private:
   Thread *running = nullptr;
   BulkCopies copies;
   std::minstd_rand random;
+  unsigned copyPace; // a step of bulk copies for so many of threads; some blocks' are slow
   const void *callerStack = nullptr;
   size_t callerBytes = 0;
 };
