@@ -14,7 +14,7 @@ cd "$work"
 runs() {
   local records=$1
   shift
-  status 0 "$moe" -n 1 -w 1 --hidden 64 --inter 32 "$@"
+  status 0 "$moe" -n 1 -w 1 --hidden 32 --inter 16 "$@"
   [ "$(grep -cv '^#' out)" = $((3 * records)) ] || fail "$(grep -cv '^#' out) lines instead of $((3 * records)): $*"
   awk '!/^#/ && $1 == "balanced" { n++; if ($20 != "0.0e+00" || $21 != "0.0e+00" || $22 > 1e-5) exit 1 }
     END { if (n != '"$records"') exit 1 }' out || fail "balanced is not unbalanced: $* ($(grep ' balanced' out))"
@@ -46,10 +46,10 @@ runs 1 -t 2 --experts 4 --topk 4 --tokens 30 --skew 1
 runs 1 -t 1 --experts 4 --topk 2 --tokens 9 --skew 1
 runs 1 -t 8 --experts 64 --topk 8 --tokens 16 --skew 4 --inter 48 --hidden 80
 runs 1 -t 4 --experts 16 --topk 2 --tokens 0 --skew 1
-status 0 "$moe" -n 1 --hidden 64 --inter 32 "${small[@]}" -c 0
+status 0 "$moe" -n 1 --hidden 32 --inter 16 "${small[@]}" -c 0
 grep -q '^# check: none$' out || fail "-c 0 must say that nothing was checked"
 # Partial sums are rounded once more.
-status 0 "$moe" -n 1 --hidden 64 --inter 32 "${small[@]}" --combine partial
+status 0 "$moe" -n 1 --hidden 32 --inter 16 "${small[@]}" --combine partial
 awk '$1 == "balanced" && ($20 > 1e-2 || $20 == 0) { exit 1 }' out || fail "--combine partial: $(grep ' balanced' out)"
 
 # Balance shows; an even ideal is even.
@@ -77,8 +77,8 @@ runs 1 -t 4 --trace t.csv --topk 2 --layer 1 --tokens 20
 printf 'token,k0,k1\n0,3,5\n1,0,-1\n2,7,3\n' > r.csv
 runs 1 -t 4 --routing r.csv --tokens 20 --experts 8
 
-status 0 "$moe" -n 2 --hidden 64 --inter 32 "${small[@]}" -J o.json
-for text in '"okay": true' '"mlp_back"' '"of_ideal"' '"speed_up"' '"joules_per_1000_tokens": null' '"inter": 32'; do
+status 0 "$moe" -n 2 --hidden 32 --inter 16 "${small[@]}" -J o.json
+for text in '"okay": true' '"mlp_back"' '"of_ideal"' '"speed_up"' '"joules_per_1000_tokens": null' '"inter": 16'; do
   grep -q "$text" o.json || fail "-J without $text"
 done
 [ "$(grep -c '"run": ' o.json)" = 3 ] || fail "-J must hold three runs"
@@ -123,7 +123,7 @@ status 1 "$moe" --skew 500
 status 1 "$moe" --trace none.csv
 status 1 "$moe" --hidden 65536 --inter 65536 --experts 4096
 grep -q 'ask for fewer --tokens, or smaller --hidden or --inter' err || fail "message of too much memory"
-status 1 "$moe" -n 1 --hidden 64 --inter 32 "${small[@]}" -J /nonexistent/o.json
+status 1 "$moe" -n 1 --hidden 32 --inter 16 "${small[@]}" -J /nonexistent/o.json
 status 0 "$moe" --help
 for text in 'dW2, W2' 'rank that took least' 'as many tokens and assignments'; do
   grep -q "$text" <(tr -s ' \n' ' ' < out) || fail "--help must say '$text'"
@@ -150,7 +150,7 @@ exec "$program" -B host -t "$ranks" "$@"
 STANDIN
 chmod +x bin/*
 export PATH=$work/bin:$PATH MPS_LOG=$work/mps.log
-few=(--ultraep-moe "$moe" --hidden 64 --inter 32 --experts 16 --iters 1 --tokens 16 --ranks 4 --folder "$work")
+few=(--ultraep-moe "$moe" --hidden 32 --inter 16 --experts 16 --iters 1 --tokens 16 --ranks 4 --folder "$work")
 head -n 3 t.csv > smartmoe-x.csv
 status 0 "$eighths" "${few[@]}" --skew 1.5,2 --traces smartmoe-x --small 8 --logs "$work/logs" -- -w 1
 [ "$(grep -c '^skew\|^smartmoe' out)" -ge 15 ] || fail "moe-eighths: lines of the table: $(cat out)"
