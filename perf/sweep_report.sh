@@ -128,16 +128,29 @@ report_sms() {
     <(if is_shown links; then cat "$parts/links.log"; else echo '#'; fi) - <<< "$rows"
 }
 
-# Lines of nccl-tests: out of place, the sizes that ran.
+# Lines of nccl-tests: medians of the turns, out of place, the sizes that ran; wrong: the most of any turn.
 report_nccl_tests() {
   local name names
   names=$(shown_of nccl-tests && shown_of plugin)
   [ -n "$names" ] || return 0
-  printf '\n== nccl-tests, out of place\n%-26s %12s %10s %9s %7s\n' part bytes us busbw wrong
+  printf '\n== nccl-tests, out of place, medians\n'
+  echo "x: plain NCCL's time over this one"
+  printf '%-26s %5s %12s %10s %9s %7s %6s\n' part turns bytes us busbw wrong x
   for name in $names; do
-    awk -v name="$name" '!/^#/ && $1 ~ /^[0-9]+$/ && NF >= 9 { printf "%-26s %12s %10s %9s %7s\n", name, $1, $6, $8, $9 }' \
-      "$parts/$name.log"
-  done
+    awk -v part="${name%-*}" '!/^#/ && $1 ~ /^[0-9]+$/ && NF >= 9 { print part, $1, $6, $8, $9 }' "$parts/$name.log"
+  done | sort -s -k 1,1 -k 2,2n -k 3,3n | awk '
+    function line() {
+      if (n == 0) return
+      us = n % 2 ? times[(n + 1) / 2] : (times[n / 2] + times[n / 2 + 1]) / 2
+      plain = kind ~ /^nccl-tests/
+      sub(/.*-/, "", kind)
+      if (plain) nccl[kind, bytes] = us
+      printf "%-26s %5d %12s %10s %9s %7s %6s\n", part, n, bytes, us, rates[int((n + 1) / 2)], wrong, \
+        !plain && (kind, bytes) in nccl ? sprintf("%.2f", nccl[kind, bytes] / us) : "-"
+    }
+    $1 != part || $2 != bytes { line(); n = 0; kind = part = $1; bytes = $2; wrong = $5 }
+    { times[++n] = $3; rates[n] = $4; if ($5 + 0 > wrong + 0) wrong = $5; kind = part }
+    END { line() }'
 }
 
 report_layer() {

@@ -76,7 +76,11 @@ printf 'echo "98%% tests passed, 0 tests failed out of 3"; echo "	 1 - gpu_sm (S
 for tool in alltoall_perf alltoallv_perf; do cp bin/fake nccl/$tool; done
 cat >> nccl/alltoall_perf << 'END'
 echo "# env ${ULTRAEP_P2P:-} ${NCCL_TUNER_PLUGIN:-} ${LD_PRELOAD:+preloaded} nvls ${NCCL_NVLS_ENABLE:-}" >> "$FAKE_CALLS"
-echo "   536870912       1048576     float    none      -1   1500.0  357.9  313.2      0   1501.0  357.7  313.0   "
+# Slower from turn to turn, and with the library half as long.
+turn=$(grep -c '^alltoall_perf' "$FAKE_CALLS")
+us=$((1000 + 100 * turn)) rate=$((500 - 10 * turn))
+[ -z "${LD_PRELOAD:-}" ] || us=$((us / 2))
+echo "   536870912       1048576     float    none      -1   $us.0  357.9  $rate.2      0   1501.0  357.7  313.0   "
 END
 cat >> nccl/alltoallv_perf << 'END'
 [ -s "$NCCL_TESTS_ALLTOALLV_MATRIX_FILE" ] || exit 3
@@ -144,8 +148,13 @@ has "skew-1.5 4 1 4.0000 1.0000 31.00 820.0 800.0 79.2 80.0 - - 0.800 750.0"
 # Bare stores are faster by bulk copies, loads plain.
 has "SMs bare-stores bare-loads both-stores both-loads dispatch link copy combine link copy"
 has "24 264.0 216.0 198.0 162.0 1000.0 79.2 80.0 900.0 72.0 88.9"
-has "nccl-tests-alltoall 536870912 1500.0 313.2 0"
-has "plugin-schedule-alltoallv 131072 1234.5 7.4 0"
+# Three turns of three: the plain ones are the 1st, 4th and 7th call.
+has "nccl-tests-alltoall 3 536870912 1400.0 460.2 0 -"
+has "plugin-schedule-alltoall 3 536870912 750.0 450.2 0 1.87"
+has "plugin-observe-alltoall 3 536870912 1600.0 440.2 0 0.88"
+has "plugin-schedule-alltoallv 3 131072 1234.5 7.4 0 1.00"
+[ "$(grep '^# env' calls | cut -d ' ' -f 3-4 | paste -sd ,)" = ' ,schedule , ultraep, ,schedule , ultraep, ,schedule , ultraep' ] ||
+  fail "turns: $(grep '^# env' calls)"
 has "moe-3 balanced 3.0000 1.0000 130.250 97.5 2.154"
 has "NCCL EP ep_bench, ht, 24 SMs 1 - 3267.10 - 2453.20"
 has "98% tests passed"
