@@ -69,6 +69,12 @@ struct ReplicatedExperts {
     }
     return n;
   }
+  // All of them, by a warp.
+  __device__ int countAll(int nExperts) const {
+    int n = 0;
+    for (int w = threadIdx.x % kWarp; w * kWarp < nExperts; w += kWarp) n += __popc(words[w]);
+    return warpSum(n);
+  }
   // The nth, from 0, of those from `first` on; there must be as many.
   __device__ int find(int first, int nth) const {
     int w = first / kWarp;

@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kBulk ? kBulkThreads : kPortableThreads, 1)
   WeightsContext c{g, x, chains, nChains, call};
   int nWorkers = kBulk ? 1 : nWarps; // of a block
   Worker worker(c, blockIdx.x * nWorkers + warp, gridDim.x * nWorkers, windows + warp * kWarp,
-                roundTiles(replicated.count(0, g.planner.nExperts)));
+                roundTiles(replicated.countAll(g.planner.nExperts)));
   if constexpr (kBulk) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (warp == 0) {
