@@ -142,14 +142,15 @@ report_nccl_tests() {
     function line() {
       if (n == 0) return
       us = n % 2 ? times[(n + 1) / 2] : (times[n / 2] + times[n / 2 + 1]) / 2
-      plain = kind ~ /^nccl-tests/
+      plain = part ~ /^nccl-tests/
+      kind = part
       sub(/.*-/, "", kind)
       if (plain) nccl[kind, bytes] = us
       printf "%-26s %5d %12s %10s %9s %7s %6s\n", part, n, bytes, us, rates[int((n + 1) / 2)], wrong, \
         !plain && (kind, bytes) in nccl ? sprintf("%.2f", nccl[kind, bytes] / us) : "-"
     }
-    $1 != part || $2 != bytes { line(); n = 0; kind = part = $1; bytes = $2; wrong = $5 }
-    { times[++n] = $3; rates[n] = $4; if ($5 + 0 > wrong + 0) wrong = $5; kind = part }
+    $1 != part || $2 != bytes { line(); n = 0; part = $1; bytes = $2; wrong = $5 }
+    { times[++n] = $3; rates[n] = $4; if ($5 + 0 > wrong + 0) wrong = $5 }
     END { line() }'
 }
 
