@@ -264,6 +264,9 @@ has "main-8 8 0 4.0000 4.0000 31.00 1010.0 1000.0 - 80.0"
 has "nccl-tests: left out: one thread drives all ranks"
 called '^ultraep_perf .* -t 8 .*--ctas 16 .*--baseline nccl'
 ! grep -q -e '--ctas 24' calls || fail "blocks that do not fit on one GPU: $(cat calls)"
+sweep 0 --fresh --nccl-tests nccl --parts nccl-tests
+has "nccl-tests-alltoallv: left out: skew-4 wrote no traffic for it"
+[ "$(grep -c '^alltoall_perf' calls) $(grep -c '^alltoallv_perf' calls)" = '3 0' ] || fail "without uneven traffic: $(cat calls)"
 CUDA_VISIBLE_DEVICES=0,2 sweep 0 --fresh --parts main
 [ "$(grep -c '^ultraep_perf' calls)" = 2 ] || fail "GPUs that CUDA may not use: $(cat calls)"
 sweep 0 --fresh --gpus 3,1 --parts main
